@@ -1,0 +1,47 @@
+# make help    lists the targets
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV   ?= .venv
+SWEEP  ?= hyperparameter
+ARGS   ?=
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+# One thread a worker: several runs share the machine, and oversubscription is far slower than it looks.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup sweep table test test-all check format clean
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install what is missing (the other targets do this by themselves)
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"dptune needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+sweep: $(STAMP) ## Run a sweep and print its table: make sweep [SWEEP=hyperparameter] [ARGS="key=value ..."]
+	@$(BIN)/dptune prepare $(ARGS)
+	@status=0; $(BIN)/dptune -m sweeps=$(SWEEP) hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) $(ARGS) || status=$$?; \
+	 if [ $$status -ne 2 ]; then $(BIN)/dptune table $(SWEEP) $(ARGS) || status=$$?; fi; exit $$status
+
+table: $(STAMP) ## Print the table of a sweep again: make table [SWEEP=hyperparameter]
+	@$(BIN)/dptune table $(SWEEP) $(ARGS)
+
+test: $(STAMP) ## Run the tests
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(STAMP) ## Formatting, linting and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Format the code and repair what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove .venv and caches; outputs stay
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache

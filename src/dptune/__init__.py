@@ -1,0 +1,1 @@
+"""Differentially private parameter-efficient fine-tuning of language models."""

@@ -1,0 +1,423 @@
+"""What one run is: the typed config tree, its checks and its identity.
+
+`conf/` holds named choices for each group below; Hydra composes them into one tree, `strict` turns that tree into
+`Config` and refuses everything it does not know, and `run_id` names the result. Imports nothing of dptune and no torch,
+so that a wrong config fails before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: one line that names the field, what is wrong and the way out."""
+
+
+def _one_of(*choices: str) -> Any:
+    """A string field whose first choice is the default."""
+    return field(default=choices[0], metadata={"choices": choices})
+
+
+def _number(default: Any, **bounds: float) -> Any:
+    """A number with bounds: `above` and `below` exclude the bound, `least` and `most` include it."""
+    return field(default=default, metadata=bounds)
+
+
+@dataclass
+class ModelConfig:
+    """The frozen backbone."""
+
+    name: str = "tiny"
+    """`tiny` is embedded and pretrained on public text at first use; any other name is a label for `path`."""
+    path: str | None = None
+    """A local folder in Hugging Face format; when given, it is the backbone. Remote code is never run."""
+
+
+@dataclass
+class AdapterConfig:
+    """The projection subspace: which parameters are trained. Its rank is `hyperparameter.rank`."""
+
+    name: str = _one_of("lora", "ffa_lora")
+    """`lora` trains both factors; `ffa_lora` freezes the random public factor A (arXiv:2403.12313)."""
+    target_modules: list[str] | None = None
+    """Suffixes of the linear layers that carry the adapter; null means all of them except the output head."""
+    alpha: float = _number(8.0, above=0)
+    """LoRA scale: the update is alpha / rank * B A."""
+
+
+@dataclass
+class PrivacyConfig:
+    """What is protected, at which (epsilon, delta), and how clip and noise are shared out."""
+
+    name: str = "adaptive"
+    """Label of the setting in tables."""
+    enabled: bool = True
+    """False trains without clip and noise, on the same path; its results say "non-private"."""
+    unit: str = _one_of("example", "user_els", "user_uls")
+    """Unit of privacy: one example, or one user by sampling examples (ELS) or users (ULS)."""
+    target_epsilon: float | None = _number(8.0, above=0)
+    """The noise multiplier is calibrated so that training spends at most this epsilon."""
+    noise_multiplier: float | None = _number(None, above=0)
+    """Instead of a target epsilon: noise standard deviation over sensitivity, as is."""
+    delta: float = _number(1e-5, above=0, below=1)
+    """Fixed before training; must be below one over the number of protected units."""
+    examples_per_user: int | None = _number(None, least=1)
+    """User-level only: ELS keeps at most this many examples a user, ULS averages at most this many."""
+    clipping: str = _one_of("scaled_flat", "flat", "group", "auto_s", "auto_v", "psac")
+    """How one unit's gradient is bounded (SPECIFICATION.md 2.1 and 4)."""
+    clipping_stability: float = _number(0.01, above=0)
+    """The constant gamma of AUTO-S and r of PSAC."""
+    grouping: str = _one_of("matrix", "all", "module", "layer", "kind")
+    """What a group of parameters is."""
+    allocation: str = _one_of("min_energy", "uniform", "equal_budget", "equal_snr", "joint", "lora_weight_space")
+    """How noise is shared over the groups at a fixed total (SPECIFICATION.md 2.2 to 2.5)."""
+    allocation_weights: str = _one_of("released_energy", "static", "adam")
+    """Importance of a group: constant, or from gradients that were already released (SPECIFICATION.md 2.6)."""
+    allocation_ema: float = _number(0.8, least=0, below=1)
+    """Memory of the released energies."""
+    allocation_floor: float = _number(1e-3, above=0, most=1)
+    """Smallest weight over largest weight."""
+    quantile: float | None = _number(None, above=0, below=1)
+    """Track this quantile of the gradient norms of each group as its clip; its bits are paid for."""
+    quantile_learning_rate: float = _number(0.2, above=0)
+    """Step of the tracker in log scale."""
+    quantile_share: float = _number(0.01, above=0, below=1)
+    """Share of each step's budget that the quantile bits take."""
+    schedule: str = _one_of("constant", "linear", "cosine", "step", "exponential", "lambert")
+    """Public schedule of the noise multiplier over the steps (SPECIFICATION.md 3)."""
+    schedule_ratio: float = _number(0.5, above=0)
+    """Last over first noise multiplier of the schedule; for `lambert` the decay of influence a step."""
+    noise_mode: str = _one_of("auto", "reproducible", "secure")
+    """`secure`: keys from the operating system, never stored. `reproducible`: from the seed, so that the epsilon is
+    accounted but not realised for anyone who knows the seed. `auto`: reproducible for public stand-in data,
+    else secure.
+    """
+
+
+@dataclass
+class ColumnsConfig:
+    """Which field of a data file holds what."""
+
+    instruction: str = "instruction"
+    """Field of the instruction (required in the file)."""
+    input: str = "input"
+    """Field of the input; may be absent."""
+    output: str = "output"
+    """Field of the response (required in the file)."""
+    options: str = "options"
+    """Field of the list of options; null or absent means a free-form response."""
+    task: str = "task"
+    """Field of the task name; absent means one task."""
+    user: str = "user"
+    """Field of the author; needed for user-level privacy only."""
+    split: str = "split"
+    """Field with train, validation or test; absent means that records are split by a hash of their content."""
+
+
+@dataclass
+class DataConfig:
+    """The instructions and tasks."""
+
+    name: str = "supportdesk"
+    """`supportdesk` is embedded; `jsonl` reads `path`."""
+    path: str | None = None
+    """A JSON Lines file, plain or gzip."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """Names of the fields in the file."""
+    organisation: str = _one_of("private", "dev")
+    """Support desk only: `dev` is public and is what settings are chosen on."""
+    seed: int = _number(0, least=0)
+    """Seed of the generated records and of subsets; not of training."""
+    train_size: int | None = _number(4000, least=1)
+    """Number of training records kept (null: all). It is treated as public."""
+    validation_size: int | None = _number(400, least=1)
+    """Number of validation records kept (null: all)."""
+    test_size: int | None = _number(800, least=1)
+    """Number of test records kept (null: all)."""
+    tasks: list[str] | None = None
+    """Keep these tasks only (null: all)."""
+
+
+@dataclass
+class HyperparameterConfig:
+    """Settings of the optimisation."""
+
+    learning_rate: float = _number(0.02, above=0)
+    """Peak learning rate."""
+    steps: int = _number(50, least=1)
+    """Number of noisy steps."""
+    expected_batch_size: int = _number(256, least=1)
+    """Expected size of a Poisson batch: sample rate times number of units; the public divisor of the sum."""
+    max_grad_norm: float = _number(1.0, above=0)
+    """Clipping bound on one unit's gradient."""
+    rank: int = _number(4, least=1)
+    """Rank of the adapter."""
+    weight_decay: float = _number(0.0, least=0)
+    """Decoupled weight decay (AdamW) or L2 (SGD)."""
+    warmup_steps: int = _number(5, least=0)
+    """Steps of linear warm-up of the learning rate."""
+    decay: str = _one_of("linear", "constant")
+    """Learning rate after the warm-up: linear to zero, or constant."""
+
+
+@dataclass
+class EnvironmentConfig:
+    """Conditions of the computation that can change numbers."""
+
+    seed: int = _number(0, least=0)
+    """Seed of initialisation and, in reproducible noise mode, of batches and noise."""
+    optimizer: str = _one_of("adamw", "sgd")
+    """AdamW with its usual constants, or SGD with momentum 0.9."""
+    precision: str = _one_of("float32", "bfloat16")
+    """Number format of the frozen backbone; adapters, norms and sums keep theirs."""
+    sequence_length: int = _number(96, least=8)
+    """Longest example in tokens; the prompt is cut from the left, a public rule."""
+    engine: str = _one_of("opacus", "loop")
+    """How per-example gradients are computed: Opacus hooks, or one backward pass an example."""
+
+
+@dataclass
+class DataSensitivityConfig:
+    """Conditions of the training data; validation and test stay as they are."""
+
+    name: str = "clean"
+    """Label of the condition."""
+    train_fraction: float = _number(1.0, above=0, most=1)
+    """Share of the training records that is kept."""
+    label_noise: float = _number(0.0, least=0, most=1)
+    """Share of the training records with options whose answer is replaced by another option."""
+
+
+@dataclass
+class TrackingConfig:
+    """Mirrors of the record. The record on disk is the truth."""
+
+    name: str = _one_of("none", "wandb_offline", "wandb")
+    """`wandb_offline` writes W&B files without network; `wandb` uploads when an account is configured."""
+    project: str = "dptune"
+    """W&B project."""
+    entity: str | None = None
+    """W&B entity (null: the account's default)."""
+    allow_private: bool = False
+    """Also mirror telemetry marked NON_PRIVATE."""
+
+
+@dataclass
+class ComputeConfig:
+    """What cannot change numbers beyond rounding; not part of the run's identity."""
+
+    device: str = "cpu"
+    """A torch device."""
+    threads: int = _number(1, least=1)
+    """Threads of one run; one is best when several runs share the machine."""
+    physical_batch_size: int = _number(64, least=1)
+    """Examples in one forward pass; the logical batch is cut into such pieces, sorted by length."""
+    evaluation_batch_size: int = _number(512, least=1)
+    """Sequences in one forward pass of the evaluation."""
+    cache_dir: str = ".cache"
+    """Folder of the embedded backbone and other things that are made once."""
+    output_root: str = "outputs"
+    """Folder of the run folders."""
+    force: bool = False
+    """Run again although a finished record exists."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    hyperparameter: HyperparameterConfig = field(default_factory=HyperparameterConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    data_sensitivity: DataSensitivityConfig = field(default_factory=DataSensitivityConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    method: str | None = None
+    """Name of the method in comparison tables; set by the files of `conf/method`."""
+    sweep: str | None = None
+    """Name of the sweep that asked for the run; set by the files of `sweeps`."""
+
+
+NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
+"""Parts of the config that do not name a run: they cannot change its numbers."""
+
+
+def strict(tree: DictConfig | Mapping[str, Any]) -> Config:
+    """The config of a composed tree, with every unknown key, wrong type and impossible combination refused.
+
+    Hydra's own check lets `+group.typo=1` pass; merging the plain values into a fresh schema does not.
+
+    Raises:
+        ConfigError: with one line for a person.
+    """
+    source = tree if isinstance(tree, DictConfig) else OmegaConf.create(dict(tree))
+    try:
+        values = OmegaConf.to_container(source, resolve=True)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        config = OmegaConf.to_object(merged)
+    except InterpolationKeyError as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
+    except ConfigKeyError as error:
+        raise ConfigError(unknown_key(str(error.full_key))) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
+    assert isinstance(config, Config)
+    _check_fields(config)
+    _check_together(config)
+    return config
+
+
+def unknown_key(key: str) -> str:
+    """A sentence about a key that the schema does not have, with the nearest one that it has."""
+    known = [name for name, _, _ in _leaves(Config())]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    if not near:
+        leaf = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == leaf][:1]
+    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see `dptune --cfg job`")
+
+
+def run_id(config: Config) -> str:
+    """Twelve hexadecimal digits that name a run: a hash of everything that can change its numbers.
+
+    Defaults are hashed too. A data file or a model folder counts by its content, not by where it lies.
+    """
+    identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
+    for part in ("model", "data"):
+        if identity[part]["path"] is not None:
+            identity[part]["path"] = _content_hash(Path(identity[part]["path"]))
+    text = json.dumps(identity, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def noise_mode(config: Config) -> Literal["reproducible", "secure"]:
+    """The noise mode of a run with `auto` resolved: embedded data is a public stand-in, everything else is private."""
+    if config.privacy.noise_mode == "auto":
+        return "reproducible" if config.data.path is None else "secure"
+    return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every field of the tree that is not itself a group: dotted name, field, value."""
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item, value
+
+
+def _check_fields(config: Config) -> None:
+    for name, item, value in _leaves(config):
+        rules = item.metadata
+        if value is None or not rules:
+            continue
+        choices = rules.get("choices")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
+        if choices is None:
+            _check_bounds(name, value, rules)
+
+
+def _check_bounds(name: str, value: float, bounds: Mapping[str, float]) -> None:
+    holds = {
+        "above": lambda bound: value > bound,
+        "least": lambda bound: value >= bound,
+        "below": lambda bound: value < bound,
+        "most": lambda bound: value <= bound,
+    }
+    words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
+    if not math.isfinite(value) or not all(holds[kind](bound) for kind, bound in bounds.items()):
+        wanted = " and ".join(f"{words[kind]} {bound:g}" for kind, bound in bounds.items())
+        raise ConfigError(f"{name}={value:g} must be {wanted}")
+
+
+def _check_together(config: Config) -> None:
+    """Combinations of fields that no run can have; what needs the data or the model is checked when those are read."""
+    privacy, data, hyper = config.privacy, config.data, config.hyperparameter
+    if not privacy.enabled:
+        for name in ("target_epsilon", "noise_multiplier"):
+            if getattr(privacy, name) is not None:
+                raise ConfigError(
+                    f"privacy.{name}={getattr(privacy, name):g} with privacy=none: a non-private run has no epsilon; "
+                    f"take another privacy=... or leave privacy.{name} out"
+                )
+    elif (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
+        raise ConfigError(
+            "give exactly one of privacy.target_epsilon and privacy.noise_multiplier (set the other to null)"
+        )
+    if privacy.unit != "example" and privacy.examples_per_user is None:
+        raise ConfigError(
+            f"privacy.unit={privacy.unit} needs privacy.examples_per_user=..., a public bound on each user's examples"
+        )
+    if privacy.unit == "example" and privacy.examples_per_user is not None:
+        raise ConfigError(
+            "privacy.examples_per_user is for users: set privacy.unit=user_els or user_uls, or leave it out"
+        )
+    if data.name != "supportdesk" and data.path is None:
+        raise ConfigError(f"data={data.name} needs data.path=..., the file to read")
+    if data.name == "supportdesk" and data.path is not None:
+        raise ConfigError("data.path is given but data=supportdesk is embedded: add data=jsonl to read the file")
+    if data.path is not None and not Path(data.path).is_file():
+        raise ConfigError(f"data.path={data.path} is not a file")
+    if config.model.name != "tiny" and config.model.path is None:
+        raise ConfigError(f"model={config.model.name} needs model.path=..., a folder in Hugging Face format")
+    if config.model.path is not None and not (Path(config.model.path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={config.model.path} is no model: a folder with config.json, weights and a tokenizer is needed"
+        )
+    if privacy.unit == "example" and data.train_size is not None:
+        size = math.floor(data.train_size * config.data_sensitivity.train_fraction)
+        if hyper.expected_batch_size > size:
+            raise ConfigError(
+                f"hyperparameter.expected_batch_size={hyper.expected_batch_size} is above the {size} training records; "
+                "lower it or raise data.train_size"
+            )
+    if hyper.warmup_steps >= hyper.steps:
+        raise ConfigError(
+            f"hyperparameter.warmup_steps={hyper.warmup_steps} leaves nothing of hyperparameter.steps={hyper.steps}; "
+            "lower the warm-up"
+        )
+
+
+@functools.cache
+def _content_hash(path: Path) -> str:
+    """Hash of a file, or of a model folder by its small files and the head and tail of its large ones."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file()):
+        digest.update(f"{file.name if path.is_dir() else ''} {file.stat().st_size} ".encode())
+        with file.open("rb") as stream:
+            if path.is_file() or file.stat().st_size < 1 << 24:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            else:
+                # Weights of a trained model differ everywhere; reading gigabytes to name a run would be slow.
+                digest.update(stream.read(1 << 22))
+                stream.seek(-(1 << 22), 2)
+                digest.update(stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Instruction data: sources, conditions and encoding."""

@@ -1,0 +1,1 @@
+"""Frozen backbones and the adapters trained on them."""

@@ -1,0 +1,72 @@
+"""Frozen language models: the embedded one, or any local folder in Hugging Face format. Remote code is never run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dptune.config import ConfigError, ModelConfig
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen language model and its tokenizer."""
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    """Hash of the weights."""
+
+
+def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -> Backbone:
+    """A fresh copy of a frozen backbone in evaluation mode; the files are read once per process.
+
+    Raises:
+        ConfigError: when the folder holds no causal language model with a tokenizer.
+    """
+    if config.path is not None:
+        folder = Path(config.path)
+    else:
+        from dptune.models.tiny import load_tiny
+
+        folder = load_tiny(cache_dir, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    loaded = _read(folder.resolve(), precision)
+    # The adapter is injected into the module tree, so that every run needs a tree of its own.
+    model: torch.nn.Module = copy.deepcopy(loaded.model)
+    return Backbone(model.to(torch.device(device)), loaded.tokenizer, loaded.fingerprint)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(folder: Path, precision: str) -> Backbone:
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=getattr(torch, precision),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"model.path={folder} holds no causal language model with safetensors weights and a tokenizer: {reason}"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path={folder}: the tokenizer has no end-of-sequence token; set one in its config")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False).eval()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return Backbone(model, tokenizer, digest.hexdigest()[:16])

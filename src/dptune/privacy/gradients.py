@@ -1,0 +1,115 @@
+"""Per-example gradients of the trained parameters: engines and the loop that is their oracle (SPECIFICATION.md 1.3).
+
+An engine is called with one physical batch and gives each row's gradient. It neither clips nor averages.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+Batch = Mapping[str, torch.Tensor]
+"""Named tensors whose first dimension is the row."""
+
+LossFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
+"""Loss of each row [b], a function of that row alone."""
+
+Gradients = dict[str, torch.Tensor]
+"""For each trained parameter its gradients by row, [b, *shape]."""
+
+
+class Engine(Protocol):
+    """Gives the loss [b] and the gradients of each row of a physical batch."""
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, Gradients]:
+        """Losses, detached, and gradients."""
+        ...
+
+    def close(self) -> None:
+        """Take everything off the model that the engine hung on it."""
+        ...
+
+
+class EngineError(RuntimeError):
+    """An engine that does not give one gradient for each row and trained parameter."""
+
+
+class LoopEngine:
+    """One backward pass for each row: slow, and right by construction."""
+
+    def __init__(self, model: torch.nn.Module, loss: LossFunction) -> None:
+        self.model, self.loss = model, loss
+        self.parameters = _trained(model)
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, Gradients]:
+        """Losses [b] and gradients [b, *shape] of a physical batch."""
+        losses, rows = [], []
+        for row in range(_rows(batch)):
+            loss = self.loss(self.model, {name: value[row : row + 1] for name, value in batch.items()}).sum()
+            rows.append(torch.autograd.grad(loss, list(self.parameters.values())))
+            losses.append(loss.detach())
+        gradients = {name: torch.stack([row[index] for row in rows]) for index, name in enumerate(self.parameters)}
+        return torch.stack(losses), gradients
+
+    def close(self) -> None:
+        """Nothing was hung on the model."""
+
+
+class OpacusEngine:
+    """Opacus' hooks: one backward pass of the summed loss, per-example gradients from activations and back-props.
+
+    Exact for adapters on linear layers; what it cannot do raises `EngineError` instead of passing unnoticed.
+    """
+
+    def __init__(self, model: torch.nn.Module, loss: LossFunction) -> None:
+        from opacus import GradSampleModule
+
+        self.parameters = _trained(model)
+        self.loss = loss
+        self.wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, Gradients]:
+        """Losses [b] and gradients [b, *shape] of a physical batch.
+
+        Raises:
+            EngineError: when a parameter has no gradient for each row.
+        """
+        losses = self.loss(self.wrapped, batch)
+        with warnings.catch_warnings():
+            # The first adapted layer reads frozen embeddings; its hooks fire all the same.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            torch.autograd.backward(losses.sum())
+        gradients: Gradients = {}
+        for name, parameter in self.parameters.items():
+            sample = getattr(parameter, "grad_sample", None)
+            if not isinstance(sample, torch.Tensor) or sample.shape != (_rows(batch), *parameter.shape):
+                shape = tuple(sample.shape) if isinstance(sample, torch.Tensor) else None
+                raise EngineError(
+                    f"Opacus gives gradients of shape {shape} for {name}, not {(_rows(batch), *parameter.shape)}; "
+                    "set environment.engine=loop"
+                )
+            gradients[name] = sample
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter.grad = None
+        return losses.detach(), gradients
+
+    def close(self) -> None:
+        """Remove the hooks and the attributes that Opacus added."""
+        self.wrapped.to_standard_module()
+
+
+ENGINES: dict[str, Callable[[torch.nn.Module, LossFunction], Engine]] = {
+    "opacus": OpacusEngine,
+    "loop": LoopEngine,
+}
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _rows(batch: Batch) -> int:
+    return int(next(iter(batch.values())).shape[0])

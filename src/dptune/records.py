@@ -1,0 +1,280 @@
+"""The record of one run: its documented schema, how it is written, claimed and read.
+
+A run folder `outputs/<run_id>/` holds `record.json` (this schema), `history.jsonl` (one line a step), `adapter/`
+(PEFT format), `config.yaml`, `run.log`. Tables, figures and W&B are views of it. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+RECORD_FILE = "record.json"
+
+
+class RecordError(ValueError):
+    """A record that cannot be read: path and reason in one line."""
+
+
+class RunFailed(RuntimeError):
+    """A run that failed, after its record was written: which one, why, and where its log is."""
+
+
+@dataclass
+class Metrics:
+    """What the tuned model does on the test split. Higher is better unless said otherwise; shares are in [0, 1]."""
+
+    accuracy: float
+    """Macro average over tasks: options by summed log-likelihood, free form by normalised exact match."""
+    accuracy_by_task: dict[str, float]
+    """Accuracy of each task."""
+    worst_task: str
+    """Name of the task with the lowest accuracy."""
+    spread_over_tasks: float
+    """Standard deviation of the accuracies over tasks (lower is better)."""
+    accuracy_unseen: float | None
+    """Macro accuracy on test inputs that do not occur in the training split; null when there are none."""
+    response_perplexity: float
+    """exp of the mean over examples of their loss (lower is better)."""
+    n: int
+    """Number of test examples."""
+    n_unseen: int
+    """Number of test examples whose input does not occur in the training split."""
+    n_by_task: dict[str, int]
+    """Number of test examples of each task."""
+
+
+@dataclass
+class GroupPrivacy:
+    """Clip and noise of one group of parameters in the last step."""
+
+    dimension: int
+    """Number of coordinates."""
+    noise_std: float
+    """Standard deviation of the noise on the sum of clipped gradients."""
+
+
+@dataclass
+class Privacy:
+    """What the run guarantees. `epsilon` is an upper bound by the PLD accountant for the whole transcript."""
+
+    private: bool
+    """False: no guarantee at all."""
+    unit: str | None = None
+    """What one neighbouring data set lacks: an example, or a user."""
+    epsilon: float | None = None
+    """Epsilon spent by the steps that were done."""
+    target_epsilon: float | None = None
+    """Epsilon asked for; null when the noise multiplier was given instead."""
+    delta: float | None = None
+    """Delta, fixed before training."""
+    noise_multiplier: float | None = None
+    """Noise standard deviation over sensitivity."""
+    sample_rate: float | None = None
+    """Probability that a unit is in a batch."""
+    steps: int | None = None
+    """Noisy steps that were done."""
+    noise_mode: str | None = None
+    """`secure`, or `reproducible`: epsilon accounted, not realised for anyone who knows the seed."""
+    stand_in: bool = False
+    """The data is public: epsilon is stated as if it were private."""
+    groups: dict[str, GroupPrivacy] = field(default_factory=dict)
+    """Clip and noise by group."""
+    accountants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Epsilon by every accountant; those of kind `estimate` are no guarantee."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """The privacy plan, from which everything above can be computed again."""
+
+
+@dataclass
+class Parameters:
+    """Counts of parameters."""
+
+    total: int
+    """Backbone and adapter."""
+    trainable: int
+    """Trained, and therefore clipped, noised and published."""
+
+    @property
+    def fraction(self) -> float:
+        """Trainable over total."""
+        return self.trainable / self.total
+
+
+@dataclass
+class Cost:
+    """What the run cost."""
+
+    seconds: float
+    """Wall-clock seconds of the run, without imports."""
+    training_seconds: float
+    """Wall-clock seconds of the steps."""
+    examples_per_second: float
+    """Training examples a second. Derived from the expected, not the realised number."""
+    peak_memory_mb: float
+    """Peak resident memory of the process, or peak device memory on a GPU."""
+    device: str
+    """Device and threads."""
+
+
+@dataclass
+class RunRecord:
+    """Everything that is known of one run."""
+
+    run_id: str
+    """Hash of everything that can change the numbers."""
+    status: Literal["running", "done", "failed"]
+    """State of the run; `running` also marks one that was killed."""
+    config: dict[str, Any]
+    """The whole resolved config."""
+    sweep: str | None = None
+    """Sweep that asked for it first."""
+    method: str | None = None
+    """Method of a comparison, if it was asked for by name."""
+    metrics: Metrics | None = None
+    """Test metrics of the tuned model."""
+    zero_shot: Metrics | None = None
+    """Test metrics of the backbone before training: the floor."""
+    privacy: Privacy | None = None
+    """What it guarantees."""
+    parameters: Parameters | None = None
+    """How much was trained."""
+    cost: Cost | None = None
+    """What it cost."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """git commit, versions, overrides, data fingerprint, backbone, engine, time."""
+    error: str | None = None
+    """One line, when failed; the traceback is in run.log."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this schema."""
+
+    def write(self, folder: Path) -> Path:
+        """Write `record.json` atomically: a reader sees the old record or the new one, never half of it."""
+        content = dataclasses.asdict(self)
+        if self.parameters is not None:
+            content["parameters"]["fraction"] = self.parameters.fraction
+        return write_atomically(folder / RECORD_FILE, json.dumps(_finite(content), indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Replace `path` by `text` in one step, on disk before it is visible."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def read(folder: Path) -> RunRecord | None:
+    """The record in a run folder, or None when there is none.
+
+    Raises:
+        RecordError: naming the file, when it is not a record of this schema.
+    """
+    path = folder / RECORD_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: not readable as JSON ({error}); remove the folder to run it again") from None
+    try:
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise RecordError(f"{path}: schema version {content['schema_version']}, this code reads {SCHEMA_VERSION}")
+        return _parse(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecordError(f"{path}: not a run record ({type(error).__name__}: {error})") from None
+
+
+def read_all(root: Path) -> list[RunRecord]:
+    """All records below `root`, in the order of their names; a corrupt one is left out with a warning."""
+    return list(_readable(sorted(path.parent for path in root.glob(f"*/{RECORD_FILE}"))))
+
+
+def to_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """One row a run; nested names are joined by dots (`metrics.accuracy`, `config.hyperparameter.rank`)."""
+    import pandas as pd
+
+    return pd.json_normalize([dataclasses.asdict(record) for record in records])
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold a run folder for this process; yields False when another process holds it.
+
+    The operating system gives the claim back when the process dies, however it dies.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".claim")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _readable(folders: Iterable[Path]) -> Iterator[RunRecord]:
+    for folder in folders:
+        try:
+            record = read(folder)
+        except RecordError as error:
+            warnings.warn(f"left out {error}", stacklevel=3)
+            continue
+        if record is not None:
+            yield record
+
+
+def _parse(content: dict[str, Any]) -> RunRecord:
+    def metrics(part: Mapping[str, Any] | None) -> Metrics | None:
+        return None if part is None else Metrics(**part)
+
+    privacy = content["privacy"]
+    if privacy is not None:
+        groups = {name: GroupPrivacy(**group) for name, group in privacy["groups"].items()}
+        privacy = Privacy(**{**privacy, "groups": groups})
+    parameters, cost = content["parameters"], content["cost"]
+    if parameters is not None:
+        parameters = Parameters(parameters["total"], parameters["trainable"])
+    return RunRecord(
+        **{
+            **content,
+            "metrics": metrics(content["metrics"]),
+            "zero_shot": metrics(content["zero_shot"]),
+            "privacy": privacy,
+            "parameters": parameters,
+            "cost": None if cost is None else Cost(**cost),
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: both become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

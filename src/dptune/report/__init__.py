@@ -1,0 +1,1 @@
+"""Views of records: pure functions of a table, no torch."""

@@ -1,0 +1,415 @@
+"""One run: a config becomes a plan, the plan trains an adapter, the result becomes a record. Knows nothing of Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from peft import PeftModel
+
+from dptune import evaluation, tracking
+from dptune.config import Config, ConfigError, noise_mode, run_id
+from dptune.data.encoding import encode_examples, example_losses
+from dptune.data.sources import Dataset
+from dptune.data.sources import load as load_data
+from dptune.models import adapters, backbones
+from dptune.models.backbones import Backbone
+from dptune.privacy.gradients import ENGINES
+from dptune.privacy.mechanism import groups_of
+from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
+from dptune.privacy.streams import KeyRing, Purpose
+from dptune.records import Cost, GroupPrivacy, Metrics, Privacy, RunRecord, claimed, read, write_atomically
+from dptune.training.loop import Step, train
+
+HISTORY_FILE, EVALUATION_FILE, LOG_FILE, ADAPTER_FOLDER = (
+    "history.jsonl",
+    "evaluation.jsonl",
+    "run.log",
+    "adapter",
+)
+
+Report = Callable[[str], None]
+"""Receives one line of progress."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that can be wrong with a config, found out before anything is written."""
+
+    data: Dataset
+    plan: PrivacyPlan
+    backbone: Backbone
+    model: PeftModel
+    keys: KeyRing
+
+
+def run(config: Config, overrides: Sequence[str] = (), report: Report | None = None) -> RunRecord:
+    """Do one run, or give its record if it is finished already.
+
+    Args:
+        config: the checked config.
+        overrides: what was said on the command line, for the record.
+        report: receives progress, one line at a time.
+
+    Raises:
+        ConfigError: when the data, the model or the privacy settings cannot be used; nothing is written then.
+        BlockingIOError: when another process is doing this run.
+    """
+    identity = run_id(config)
+    folder = Path(config.compute.output_root) / identity
+    say = report or (lambda line: None)
+    if (finished := read(folder)) is not None and finished.status == "done" and not config.compute.force:
+        say(f"{identity} is finished: {folder}")
+        return finished
+    torch.set_num_threads(config.compute.threads)
+    begin = time.perf_counter()
+    prepared = prepare(config, identity)
+    with claimed(folder) as mine:
+        if not mine:
+            raise BlockingIOError(f"another process is doing run {identity}")
+        record = RunRecord(
+            run_id=identity,
+            status="running",
+            config=dataclasses.asdict(config),
+            sweep=config.sweep,
+            method=config.method,
+            provenance=provenance(config, prepared, overrides),
+        )
+        for name in (HISTORY_FILE, EVALUATION_FILE, LOG_FILE):
+            (folder / name).unlink(missing_ok=True)
+        record.write(folder)
+        write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_atomically(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+
+        def log(line: str) -> None:
+            with (folder / LOG_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+            say(line)
+
+        tracker = tracking.start(config.tracking, record, folder)
+        try:
+            execute(config, prepared, record, folder, tracker, log, begin)
+            record.status = "done"
+        except BaseException as error:
+            record.status = "failed"
+            record.error = " ".join(f"{type(error).__name__}: {error}".split())
+            with (folder / LOG_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(traceback.format_exc())
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            record.write(folder)
+            tracker.finish(record)
+    return record
+
+
+def prepare(config: Config, identity: str) -> Prepared:
+    """Data, plan, backbone with its fresh adapter, and keys. Raises ConfigError; writes nothing but caches."""
+    data = load_data(config)
+    plan = make_plan(config, data)
+    backbone = backbones.load(
+        config.model,
+        precision=config.environment.precision,
+        device=config.compute.device,
+        cache_dir=Path(config.compute.cache_dir),
+    )
+    seed = config.environment.seed
+    # Initialisation is public and depends on the seed alone, so that methods start from the same point.
+    start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
+    model = adapters.attach(backbone.model, config.adapter, config.hyperparameter.rank, start)
+    keys = KeyRing.secure(identity) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, identity)
+    return Prepared(data, plan, backbone, model, keys)
+
+
+def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
+    """The privacy plan of a run, calibrated to its target epsilon.
+
+    Raises:
+        ConfigError: when no plan with these settings can be true, or the target cannot be reached.
+    """
+    # Any: the values are names that the config has checked and the plan checks again.
+    privacy: Any = config.privacy
+    hyper, mode = config.hyperparameter, noise_mode(config)
+    users = {example.user for example in data.train}
+    if privacy.unit != "example" and None in users:
+        raise ConfigError(
+            f"privacy.unit={privacy.unit} needs the author of every training record; "
+            "map it with data.columns.user or set privacy.unit=example"
+        )
+    num_units = len(users) if privacy.unit == "user_uls" else len(data.train)
+    try:
+        if not privacy.enabled:
+            return PrivacyPlan.non_private(
+                num_units=num_units, expected_batch_size=hyper.expected_batch_size, steps=hyper.steps
+            )
+        plan = PrivacyPlan(
+            num_units=num_units,
+            expected_batch_size=hyper.expected_batch_size,
+            steps=hyper.steps,
+            delta=privacy.delta,
+            noise_multiplier=privacy.noise_multiplier or 1.0,
+            max_grad_norm=hyper.max_grad_norm,
+            unit=privacy.unit,
+            examples_per_user=privacy.examples_per_user,
+            clipping=Clipping(kind=privacy.clipping, stability=privacy.clipping_stability),
+            grouping=privacy.grouping,
+            allocation=Allocation(
+                rule=privacy.allocation,
+                weights=privacy.allocation_weights,
+                ema=privacy.allocation_ema,
+                floor=privacy.allocation_floor,
+            ),
+            quantile=None
+            if privacy.quantile is None
+            else QuantileTracking(
+                quantile=privacy.quantile,
+                learning_rate=privacy.quantile_learning_rate,
+                share=privacy.quantile_share,
+            ),
+            schedule=Schedule(kind=privacy.schedule, ratio=privacy.schedule_ratio),
+            noise_mode=mode,
+        )
+        return plan if privacy.target_epsilon is None else calibrated(plan, privacy.target_epsilon)
+    except PlanError as error:
+        raise ConfigError(str(error)) from None
+
+
+@functools.lru_cache(maxsize=256)
+def calibrated(plan: PrivacyPlan, target_epsilon: float) -> PrivacyPlan:
+    """The plan with the least noise that keeps the target; the runs of a sweep share the search."""
+    return plan.calibrate(target_epsilon)
+
+
+def execute(
+    config: Config,
+    prepared: Prepared,
+    record: RunRecord,
+    folder: Path,
+    tracker: tracking.Tracker,
+    log: Report,
+    begin: float,
+) -> None:
+    """Measure, train, measure, and fill the record."""
+    data, plan, model = prepared.data, prepared.plan, prepared.model
+    tokenizer = prepared.backbone.tokenizer
+    sequence_length = config.environment.sequence_length
+    rows = encode_examples(data.train, tokenizer, sequence_length)
+    parameters = adapters.trainable(model)
+    record.parameters = adapters.count(model)
+
+    def measure() -> list[evaluation.Judgement]:
+        model.eval()
+        judgements = evaluation.judge(
+            model,
+            tokenizer,
+            data.test,
+            {example.input for example in data.train},
+            sequence_length=sequence_length,
+            batch_size=config.compute.evaluation_batch_size,
+        )
+        adapters.set_modes(model)
+        return judgements
+
+    floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length)
+    if floor not in _zero_shot:
+        # A fresh adapter changes nothing, so that this is the backbone's own accuracy.
+        _zero_shot[floor] = evaluation.summarise(measure())
+    record.zero_shot = _zero_shot[floor]
+    log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan, config)}")
+
+    groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
+    engine = ENGINES[config.environment.engine](model, example_losses)
+    training_begin = time.perf_counter()
+    last: Step | None = None
+    spent = epsilon_marks(plan)
+    with (folder / HISTORY_FILE).open("w", encoding="utf-8") as history:
+        for last in train(
+            parameters,
+            rows,
+            sampler=plan.sampler(prepared.keys, users=[example.user for example in data.train]),
+            engine=engine,
+            mechanism=plan.mechanism(groups, prepared.keys),
+            hyperparameter=config.hyperparameter,
+            environment=config.environment,
+            pad=tokenizer.pad_token_id,
+            physical_batch_size=config.compute.physical_batch_size,
+        ):
+            row = history_row(last, spent.get(last.step))
+            history.write(json.dumps(row) + "\n")
+            history.flush()
+            tracker.step(row)
+            if last.step in spent or last.step == plan.steps:
+                log(progress(last, plan, config, spent.get(last.step)))
+    engine.close()
+    assert last is not None
+    training_seconds = time.perf_counter() - training_begin
+    judgements = measure()
+    record.metrics = evaluation.summarise(judgements)
+    if not math.isfinite(record.metrics.response_perplexity):
+        raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
+    record.privacy = privacy_of(plan, config, data, last, {group.name: group.dimension for group in groups})
+    write_atomically(
+        folder / EVALUATION_FILE,
+        "".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in judgements),
+    )
+    save_adapter(model, folder / ADAPTER_FOLDER)
+    record.cost = Cost(
+        seconds=time.perf_counter() - begin,
+        training_seconds=training_seconds,
+        examples_per_second=plan.steps * plan.expected_batch_size / training_seconds,
+        peak_memory_mb=peak_memory_mb(config.compute.device),
+        device=f"{config.compute.device}, {config.compute.threads} thread(s)",
+    )
+    log(summary(record))
+
+
+_zero_shot: dict[tuple[str, str, int], Metrics] = {}
+
+
+def epsilon_marks(plan: PrivacyPlan) -> dict[int, float]:
+    """Epsilon after about every tenth of the steps; all of it depends on the plan alone."""
+    if not plan.private:
+        return {}
+    marks = np.unique(np.linspace(0, plan.steps, 11)[1:].round().astype(int))
+    return {int(step): plan.epsilon(int(step)) for step in marks}
+
+
+def describe(plan: PrivacyPlan, config: Config) -> str:
+    """The plan in one line."""
+    start = f"{plan.steps} steps of {plan.expected_batch_size:g} of {plan.num_units} expected"
+    if not plan.private:
+        return f"{start}, not private"
+    return f"{start}, noise multiplier {plan.noise_multiplier:.4f}, delta {plan.delta:g}, {plan.noise_mode} noise"
+
+
+def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | None) -> str:
+    """Steps, examples a second, epsilon spent, time left."""
+    rate = step.step * plan.expected_batch_size / step.seconds
+    left = step.seconds / step.step * (plan.steps - step.step)
+    target = f" of {config.privacy.target_epsilon:g}" if config.privacy.target_epsilon else ""
+    spent = "not private" if epsilon is None else f"epsilon {epsilon:.3f}{target}"
+    return f"step {step.step}/{plan.steps}  {rate:.0f} examples/s  {spent}  {left:.0f} s left"
+
+
+def summary(record: RunRecord) -> str:
+    """The finished run in one line."""
+    metrics, floor, privacy, parameters = record.metrics, record.zero_shot, record.privacy, record.parameters
+    assert metrics and floor and privacy and parameters and record.cost
+    if privacy.epsilon is None:
+        spent = "not private"
+    else:
+        target = f"/{privacy.target_epsilon:g}" if privacy.target_epsilon else ""
+        spent = f"epsilon {privacy.epsilon:.3f}{target} at delta {privacy.delta:g}"
+    return (
+        f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent}  "
+        f"{parameters.trainable:,} of {parameters.total:,} parameters trained  {record.cost.seconds:.1f} s"
+    )
+
+
+def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
+    """One line of `history.jsonl`; keys that begin with NON_PRIVATE/ must not be published."""
+    return {
+        "step": step.step,
+        "learning_rate": step.learning_rate,
+        "epsilon": epsilon,
+        "noise_multiplier": step.effective_noise_multiplier,
+        "seconds": round(step.seconds, 3),
+        **{f"noise_std/{group}": value for group, value in step.noise_std.items()},
+        **{key: value if math.isfinite(value) else None for key, value in step.telemetry.items()},
+    }
+
+
+def privacy_of(plan: PrivacyPlan, config: Config, data: Dataset, last: Step, dimensions: dict[str, int]) -> Privacy:
+    """The guarantee, computed from the plan that the run was trained with."""
+    if not plan.private:
+        return Privacy(private=False, steps=last.step, stand_in=data.public, plan=plan.to_dict())
+    return Privacy(
+        private=True,
+        unit=plan.unit,
+        epsilon=plan.epsilon(last.step),
+        target_epsilon=config.privacy.target_epsilon,
+        delta=plan.delta,
+        noise_multiplier=plan.noise_multiplier,
+        sample_rate=plan.sample_rate,
+        steps=last.step,
+        noise_mode=plan.noise_mode,
+        stand_in=data.public,
+        groups={
+            name: GroupPrivacy(dimensions[name], std * plan.expected_batch_size)
+            for name, std in last.noise_std.items()
+            if name in dimensions
+        },
+        accountants={name: dataclasses.asdict(value) for name, value in plan.side_by_side().items()},
+        plan=plan.to_dict(),
+    )
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter in PEFT format; a half-written folder is never seen."""
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(str(draft), safe_serialization=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def provenance(config: Config, prepared: Prepared, overrides: Sequence[str]) -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "overrides": list(overrides),
+        "git": git_commit(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "data": prepared.data.fingerprint,
+        "backbone": prepared.backbone.fingerprint,
+        "engine": config.environment.engine,
+        "seed": config.environment.seed,
+    }
+
+
+PACKAGES = ("dptune", "torch", "transformers", "peft", "opacus", "dp-accounting", "hydra-core", "numpy")
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the code, with `+` when the working tree differs; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit, changes = (
+            subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changes else "")
+
+
+def peak_memory_mb(device: str) -> float:
+    """Peak device memory on a GPU, else the peak resident memory of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,130 @@
+"""What a sweep is: a file of `sweeps/` expanded to the runs that it asks for. No torch here.
+
+A sweep file has, under `hydra.sweeper`, `common` (parameters of every run) and `axes`: a list of small grids that are
+joined, so that "each setting varied alone around a reference" is one file. Both use Hydra's sweep syntax
+(`"1,2,3"`, `range(...)`), and what the command line says of a parameter wins over the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dptune.config import Config, ConfigError, run_id, strict
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+
+ROOT = next(folder for folder in (Path(__file__).parent, Path(__file__).parents[2]) if (folder / "conf").is_dir())
+"""Where `conf/` and `sweeps/` lie: in the repository, or inside an installed package."""
+
+ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("dptune_root", lambda: str(ROOT), replace=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    run_id: str
+    config: Config
+    overrides: tuple[str, ...]
+    """All overrides, as given to Hydra."""
+    varied: tuple[str, ...]
+    """Those of the sweep file's axes: what sets this run apart from the reference."""
+
+
+def grid(overrides: Iterable[str]) -> list[list[str]]:
+    """All combinations of some overrides, one list a job; the last word on a key counts.
+
+    Raises:
+        ConfigError: when an override cannot be parsed or is a continuous interval.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def expand(
+    common: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], arguments: Sequence[str]
+) -> list[tuple[list[str], list[str]]]:
+    """The jobs of a sweep as (all overrides, those of its axis), in the order of the file.
+
+    Args:
+        common: parameters of every run, in sweep syntax.
+        axes: grids that are joined.
+        arguments: overrides of the command line; a parameter that they name is taken out of `common` and `axes`.
+    """
+
+    def key(override: str) -> str:
+        return override.lstrip("+~").partition("=")[0]
+
+    given = {key(argument) for argument in arguments}
+    shared = [f"{name}={value}" for name, value in common.items() if name not in given]
+    jobs: list[tuple[list[str], list[str]]] = []
+    for axis in axes or [{}]:
+        varied = [f"{name}={value}" for name, value in axis.items() if name not in given]
+        names = {key(override) for override in varied}
+        for overrides in grid([*arguments, *shared, *varied]):
+            if (job := (overrides, [item for item in overrides if key(item) in names])) not in jobs:
+                jobs.append(job)
+    return jobs
+
+
+def jobs_of(
+    loader: ConfigLoader,
+    master: DictConfig,
+    common: Mapping[str, Any],
+    axes: Sequence[Mapping[str, Any]],
+    arguments: Sequence[str],
+) -> list[Job]:
+    """The runs of a sweep, each composed and checked; runs that are the same appear once.
+
+    Raises:
+        ConfigError: naming the overrides of the first job that cannot be run. Nothing has been started then.
+    """
+    jobs: dict[str, Job] = {}
+    for overrides, varied in expand(common, axes, arguments):
+        composed = loader.load_sweep_config(master, overrides).copy()
+        config = strict(without_hydra(composed))
+        identity = run_id(config)
+        jobs.setdefault(identity, Job(identity, config, tuple(overrides), tuple(varied)))
+    return list(jobs.values())
+
+
+def without_hydra(tree: DictConfig) -> DictConfig:
+    """A composed tree without Hydra's own part."""
+    tree = tree.copy()
+    with open_dict(tree):
+        tree.pop("hydra", None)
+    return tree
+
+
+def load(name: str, arguments: Sequence[str] = ()) -> list[Job]:
+    """The runs of the sweep `name` with some overrides on top, without running anything.
+
+    Raises:
+        ConfigError: for an unknown name or a job that cannot be run.
+    """
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="dptune"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        loader = hydra.config_loader
+        assert isinstance(loader, ConfigLoaderImpl)
+        master = loader.load_configuration("config", [f"sweeps={name}", *arguments], RunMode.MULTIRUN)
+        sweeper = master.hydra.sweeper
+        return jobs_of(loader, master, sweeper.common, sweeper.axes, [f"sweeps={name}", *arguments])

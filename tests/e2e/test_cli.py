@@ -1,0 +1,124 @@
+"""The command line as a person uses it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "data.train_size=120",
+    "data.validation_size=10",
+    "data.test_size=20",
+    "hyperparameter=smoke",
+    "hyperparameter.steps=2",
+    "hyperparameter.expected_batch_size=12",
+]
+
+
+def dptune(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from dptune.cli import main; main()", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["privacy.epsilom=3"], "unknown key privacy.epsilom; did you mean"),
+        (["+privacy.epsilom=3"], "unknown key privacy.epsilom; did you mean"),
+        (["adapter=nope"], "adapter=nope does not exist; adapter can be: "),
+        (["hyperparameter.steps=many"], "hyperparameter.steps=many: Value 'many'"),
+        (["privacy.target_epsilon=-1"], "privacy.target_epsilon=-1 must be above 0"),
+        (["sweeps=smoke"], "sweeps=smoke is a sweep: add -m"),
+        (["-m", "sweeps=nope"], "sweeps=nope does not exist; sweeps can be: "),
+        (
+            ["-m", "sweeps=smoke", "hyperparameter.expected_batch_size=9999"],
+            "is above the 512 training records",
+        ),
+        (["data=jsonl"], "data=jsonl needs data.path"),
+        (
+            ["data=jsonl", "data.path=missing.jsonl", "data.train_size=null"],
+            "data.path=missing.jsonl is not a file",
+        ),
+        (["model.path=."], "model.path=. is no model"),
+        (["table", "nope"], "sweeps=nope does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    done = dptune(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("dptune: ") and message in done.stderr
+    assert not [item for item in tmp_path.rglob("*") if item.is_file()]
+
+
+def test_a_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
+    done = dptune("+privacy.epsilom=3", cwd=tmp_path, DPTUNE_TRACEBACK="1")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--cfg", "job"], ["+typo=1"], ["-m", "sweeps=nope"], ["table", "smoke"]]
+)
+def test_what_needs_no_training_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from dptune.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'transformers', 'peft', 'opacus', 'wandb'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert "AssertionError" not in done.stderr, done.stderr
+
+
+def test_one_run_then_again(model_folder: Path, tmp_path: Path) -> None:
+    arguments = [f"model.path={model_folder}", "model.name=local", "privacy=uniform", *SMALL]
+    first = dptune(*arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "epsilon" in first.stdout and "of 8" in first.stderr and "zero-shot" in first.stdout
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert json.loads((folder / "record.json").read_text())["status"] == "done"
+    assert (folder / ".hydra" / "config.yaml").is_file() and (folder / ".hydra" / "overrides.yaml").is_file()
+    again = dptune(*arguments, cwd=tmp_path)
+    assert again.returncode == 0 and "is finished" in again.stderr
+
+
+def test_a_sweep_goes_on_past_a_failing_run_and_does_only_what_is_missing(model_folder: Path, tmp_path: Path) -> None:
+    arguments = [f"model.path={model_folder}", "model.name=local", *SMALL]
+    sweep = ["-m", "sweeps=smoke", *arguments, "environment.optimizer=sgd", "environment.seed=0"]
+    rates = "hyperparameter.learning_rate=1e30,0.1"
+    broken = dptune(*sweep, rates, "privacy=none", cwd=tmp_path)
+    assert broken.returncode == 1 and "1 of 2 runs failed" in broken.stderr and "its log is outputs/" in broken.stderr
+    assert "Traceback" not in broken.stderr
+    states = [json.loads(path.read_text())["status"] for path in (tmp_path / "outputs").glob("*/record.json")]
+    assert sorted(states) == ["done", "failed"]
+    again = dptune(*sweep, rates, "privacy=none", cwd=tmp_path)
+    assert "2 runs: 1 finished before, 1 to do" in again.stdout
+    table = dptune(
+        "table",
+        "smoke",
+        *arguments,
+        "environment.optimizer=sgd",
+        "environment.seed=0",
+        rates,
+        "privacy=none",
+        cwd=tmp_path,
+    )
+    assert table.returncode == 0 and "1 of 2 runs done" in table.stdout and "1 failed" in table.stdout
+
+
+def test_a_sweep_over_processes(model_folder: Path, tmp_path: Path) -> None:
+    arguments = [f"model.path={model_folder}", "model.name=local", *SMALL]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = dptune("-m", "sweeps=smoke", *launcher, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "outputs").glob("*/record.json"))) == 4
+    table = dptune("table", "smoke", *arguments, cwd=tmp_path)
+    assert "4 of 4 runs done" in table.stdout and "(ceiling)" in table.stdout and "(floor)" in table.stdout

@@ -1,0 +1,246 @@
+"""One run from config to record, on a small random model: everything but good accuracy."""
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from dptune import records, run
+from dptune.config import Config, ConfigError, run_id
+from dptune.data.sources import load
+from dptune.evaluation import judge, summarise
+from dptune.models import backbones
+from dptune.privacy.plan import PrivacyPlan
+
+
+@pytest.fixture
+def config(model_folder: Path, tmp_path: Path) -> Config:
+    made = Config()
+    made.model.name, made.model.path = "local", str(model_folder)
+    made.data.train_size, made.data.validation_size, made.data.test_size = 200, 20, 40
+    made.hyperparameter.steps, made.hyperparameter.warmup_steps = 3, 1
+    made.hyperparameter.expected_batch_size, made.hyperparameter.rank = 20, 2
+    made.compute.output_root, made.compute.cache_dir = str(tmp_path / "outputs"), str(tmp_path / "cache")
+    return made
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_private_run_leaves_a_whole_record(config: Config) -> None:
+    lines: list[str] = []
+    record = run.run(config, overrides=["x=1"], report=lines.append)
+    folder = Path(config.compute.output_root) / run_id(config)
+    assert records.read(folder) == record and record.status == "done"
+    privacy = record.privacy
+    assert privacy is not None and privacy.private and privacy.stand_in
+    assert 0.5 * 8 < privacy.epsilon <= 8 and privacy.target_epsilon == 8
+    assert privacy.noise_mode == "reproducible" and privacy.steps == 3 and privacy.sample_rate == 0.1
+    # The record alone gives the epsilon again, by the plan and by an independent accountant.
+    assert PrivacyPlan.from_dict(privacy.plan).epsilon() == privacy.epsilon
+    assert privacy.accountants["prv"]["value"] == pytest.approx(privacy.epsilon, abs=0.02)
+    assert privacy.accountants["gdp_clt"]["kind"] == "estimate"
+    assert record.parameters is not None and 0 < record.parameters.trainable < record.parameters.total
+    assert sum(group.dimension for group in privacy.groups.values()) == record.parameters.trainable
+    assert record.metrics is not None and record.metrics.n == 40 and record.zero_shot is not None
+    assert record.provenance["overrides"] == ["x=1"] and record.provenance["engine"] == "opacus"
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == [1, 2, 3] and history[-1]["epsilon"] == privacy.epsilon
+    assert "noise multiplier" in (folder / "run.log").read_text()
+    progress = [line for line in lines if line.startswith("step 3/3")]
+    assert "examples/s" in progress[0] and "of 8" in progress[0] and "s left" in progress[0]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT 0.21 reads it
+def test_the_saved_adapter_gives_the_recorded_accuracy(config: Config, model_folder: Path) -> None:
+    config.privacy.enabled, config.privacy.target_epsilon = False, None
+    config.hyperparameter.learning_rate = 0.3
+    record = run.run(config)
+    folder = Path(config.compute.output_root) / record.run_id
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder / "adapter").eval()
+    data = load(config)
+    backbone = backbones.load(config.model, precision="float32", device="cpu", cache_dir=Path(config.compute.cache_dir))
+    seen = {example.input for example in data.train}
+    found = judge(model, backbone.tokenizer, data.test, seen, sequence_length=96, batch_size=16)
+    metrics = summarise(found)
+    assert record.metrics is not None
+    assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
+    assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
+    assert record.metrics.response_perplexity != pytest.approx(record.zero_shot.response_perplexity, rel=1e-2)
+    saved = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    assert [item["correct"] for item in saved] == [item.correct for item in found]
+
+
+def test_a_finished_run_is_not_done_again_unless_forced(config: Config) -> None:
+    first = run.run(config)
+    folder = Path(config.compute.output_root) / first.run_id
+    before = (folder / "record.json").stat().st_mtime_ns
+    lines: list[str] = []
+    assert run.run(config, report=lines.append) == first
+    assert (folder / "record.json").stat().st_mtime_ns == before and "is finished" in lines[0]
+    adapter = weights(folder)
+    config.compute.force = True
+    config.compute.physical_batch_size = 7
+    again = run.run(config)
+    assert again.run_id == first.run_id and (folder / "record.json").stat().st_mtime_ns > before
+    for name, value in weights(folder).items():
+        torch.testing.assert_close(value, adapter[name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_same_seed_is_bit_equal_and_another_is_not(config: Config, tmp_path: Path) -> None:
+    one = weights(Path(config.compute.output_root) / run.run(config).run_id)
+    config.compute.output_root = str(tmp_path / "again")
+    two = weights(Path(config.compute.output_root) / run.run(config).run_id)
+    config.environment.seed = 1
+    three = weights(Path(config.compute.output_root) / run.run(config).run_id)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+
+
+def test_secure_noise_is_never_the_same_twice(config: Config) -> None:
+    config.privacy.noise_mode, config.compute.force = "secure", True
+    folder = Path(config.compute.output_root) / run_id(config)
+    run.run(config)
+    one = weights(folder)
+    record = run.run(config)
+    assert record.privacy is not None and record.privacy.noise_mode == "secure"
+    assert any(not torch.equal(value, one[name]) for name, value in weights(folder).items())
+
+
+def test_a_run_that_fails_says_so_in_its_record_and_log(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the disk\nis on fire")
+
+    monkeypatch.setattr(run, "save_adapter", broken)
+    record = run.run(config)
+    folder = Path(config.compute.output_root) / record.run_id
+    found = records.read(folder)
+    assert found is not None and found.status == "failed" and found.error == "RuntimeError: the disk is on fire"
+    assert "Traceback" in (folder / "run.log").read_text()
+    monkeypatch.undo()
+    assert run.run(config).status == "done"
+
+
+def test_weights_that_are_not_finite_fail_the_run(config: Config) -> None:
+    config.privacy.enabled, config.privacy.target_epsilon = False, None
+    config.environment.optimizer, config.hyperparameter.learning_rate = "sgd", 1e30
+    record = run.run(config)
+    assert record.status == "failed" and record.error is not None and "not finite" in record.error
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("target_epsilon", 1e-9, "epsilon"),
+        ("delta", 0.01, "delta"),
+        ("allocation", "joint", "quantile"),
+    ],
+)
+def test_a_plan_that_cannot_be_true_is_refused_before_anything_is_written(
+    config: Config, field: str, value: object, message: str
+) -> None:
+    setattr(config.privacy, field, value)
+    with pytest.raises(ConfigError, match=message) as caught:
+        run.run(config)
+    assert "\n" not in str(caught.value)
+    assert not Path(config.compute.output_root).exists()
+
+
+def test_users_are_asked_of_data_that_has_them(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "plain.jsonl"
+    row = {"instruction": "say", "output": "yes"}
+    path.write_text("".join(json.dumps({**row, "split": split}) + "\n" for split in ["train"] * 50 + ["test"] * 5))
+    config.data.name, config.data.path = "jsonl", str(path)
+    config.privacy.unit, config.privacy.examples_per_user = "user_els", 2
+    with pytest.raises(ConfigError, match="author of every training record"):
+        run.run(config)
+
+
+@pytest.mark.parametrize("unit", ["user_els", "user_uls"])
+def test_user_level_runs_are_accounted_for_users(config: Config, unit: str) -> None:
+    config.privacy.unit, config.privacy.examples_per_user = unit, 2
+    config.hyperparameter.expected_batch_size = 10
+    record = run.run(config)
+    assert record.status == "done" and record.privacy is not None
+    assert record.privacy.unit == unit and record.privacy.epsilon <= 8
+    data = load(config)
+    units = len({example.user for example in data.train}) if unit == "user_uls" else len(data.train)
+    assert record.privacy.sample_rate == pytest.approx(10 / units)
+
+
+def test_a_folder_that_is_no_language_model_is_named(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    config.model.path = str(folder)
+    with pytest.raises(ConfigError, match="holds no causal language model") as caught:
+        run.run(config)
+    assert "\n" not in str(caught.value) and not Path(config.compute.output_root).exists()
+
+
+def test_telemetry_that_is_not_paid_for_stays_out_of_the_record(config: Config) -> None:
+    record = run.run(config)
+    assert "NON_PRIVATE" not in json.dumps(dataclasses.asdict(record))
+
+
+def offline_records(path: Path) -> Iterator[Any]:
+    """Records of a W&B offline file: protobufs in the LevelDB log format (blocks of 32 KiB, 7-byte headers)."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_wandb_mirrors_config_history_and_summary_offline(config: Config) -> None:
+    config.tracking.name, config.sweep = "wandb_offline", "smoke"
+    record = run.run(config)
+    (path,) = (Path(config.compute.output_root) / record.run_id).glob("wandb/offline-run-*/run-*.wandb")
+    header, history, summary = None, [], {}
+    for item in offline_records(path):
+        if item.HasField("run"):
+            header = item.run
+        if item.HasField("history"):
+            history.append({(e.key or "/".join(e.nested_key)): json.loads(e.value_json) for e in item.history.item})
+        if item.HasField("summary"):
+            summary |= {(e.key or "/".join(e.nested_key)): json.loads(e.value_json) for e in item.summary.update}
+    assert header is not None and header.run_id == record.run_id and header.run_group == "smoke"
+    settings = {entry.key: json.loads(entry.value_json) for entry in header.config.update}
+    assert settings["privacy"]["target_epsilon"] == 8
+    assert [row["step"] for row in history] == [1, 2, 3]
+    assert not any("NON_PRIVATE" in key for row in history for key in row)
+    assert summary["metrics/accuracy"] == record.metrics.accuracy
+    assert summary["privacy/epsilon"] == record.privacy.epsilon
+    assert summary["parameters/trainable"] == record.parameters.trainable
+
+
+def test_a_tracker_that_cannot_start_does_not_stop_the_run(config: Config, monkeypatch, capsys) -> None:
+    import wandb
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("no wandb today")
+
+    config.tracking.name = "wandb_offline"
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert run.run(config).status == "done"
+    assert "no wandb today" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dptune.config import Config, ConfigError, noise_mode, run_id, strict
+
+
+def tree(*overrides: str):
+    return OmegaConf.merge(OmegaConf.create(dataclasses.asdict(Config())), OmegaConf.from_dotlist(list(overrides)))
+
+
+def test_the_defaults_are_a_config() -> None:
+    assert strict(tree()) == Config()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("privacy.epsilom=3", "unknown key privacy.epsilom; did you mean privacy"),
+        ("privacy.target_epsilon=-1", "privacy.target_epsilon=-1 must be above 0"),
+        ("privacy.target_epsilon=.inf", "privacy.target_epsilon=inf must be"),
+        ("privacy.delta=1", "privacy.delta=1 must be above 0 and below 1"),
+        ("privacy.clipping=flta", "privacy.clipping=flta is not one of .*did you mean flat"),
+        ("hyperparameter.steps=many", "hyperparameter.steps: Value 'many'"),
+        ("hyperparameter.steps=0", "hyperparameter.steps=0 must be at least 1"),
+        ("hyperparameter.expected_batch_size=9999", "is above the 4000 training records"),
+        ("hyperparameter.warmup_steps=50", "leaves nothing of hyperparameter.steps=50"),
+        (
+            "privacy.noise_multiplier=1.0",
+            "exactly one of privacy.target_epsilon and privacy.noise_multiplier",
+        ),
+        ("privacy.enabled=false", "privacy.target_epsilon=8 with privacy=none"),
+        ("privacy.unit=user_els", "needs privacy.examples_per_user"),
+        ("privacy.examples_per_user=4", "privacy.examples_per_user is for users"),
+        ("data.name=jsonl", "data=jsonl needs data.path"),
+        ("data.path=nowhere.jsonl", "data=supportdesk is embedded"),
+        ("model.name=local", "model=local needs model.path"),
+        ("model.path=nowhere", "model.path=nowhere is no model"),
+    ],
+)
+def test_a_wrong_config_is_one_line_that_names_the_field(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        strict(tree(override))
+    assert "\n" not in str(caught.value)
+
+
+def test_run_id_changes_with_numbers_only() -> None:
+    base = run_id(strict(tree()))
+    assert base == run_id(strict(tree("compute.threads=7", "tracking.name=wandb", "method=x", "sweep=y")))
+    assert base != run_id(strict(tree("environment.seed=1")))
+    assert base != run_id(strict(tree("privacy.allocation_ema=0.5")))
+    assert run_id(strict(tree("hyperparameter.learning_rate=1e-2"))) == run_id(
+        strict(tree("hyperparameter.learning_rate=0.01"))
+    )
+
+
+def test_run_id_follows_the_content_of_a_file_not_its_place(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / name for name in ("one.jsonl", "same.jsonl", "other.jsonl"))
+    one.write_text("a")
+    same.write_text("a")
+    other.write_text("b")
+    ids = [
+        run_id(strict(tree("data.name=jsonl", f"data.path={path}", "data.train_size=null")))
+        for path in (one, same, other)
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_noise_of_private_data_is_secure_unless_told_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("{}")
+    assert noise_mode(strict(tree())) == "reproducible"
+    assert noise_mode(strict(tree("data.name=jsonl", f"data.path={file}"))) == "secure"
+    assert noise_mode(strict(tree("privacy.noise_mode=secure"))) == "secure"

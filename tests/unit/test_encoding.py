@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+
+from dptune.data.encoding import (
+    IGNORED,
+    Encoded,
+    collate,
+    encode,
+    example_losses,
+    physical_batches,
+    prompt,
+    token_log_probabilities,
+)
+
+PAIRS = [
+    (prompt("which team ?", "reset my code"), "support"),
+    (prompt("is it urgent ?", ""), "no"),
+    ("x", "y"),
+]
+
+
+def test_the_prompt_has_one_form() -> None:
+    assert prompt("say", "this") == "say\nthis\n>"
+    assert prompt("say", "") == "say\n>"
+
+
+def test_tokens_are_the_text_and_its_response(tokenizer) -> None:
+    for (head, tail), row in zip(PAIRS, encode(PAIRS, tokenizer, 64), strict=True):
+        assert tokenizer.decode(row.tokens) == f"{head} {tail}<eos>"
+        assert tokenizer.decode(row.tokens[-row.response :]) == f" {tail}<eos>"
+
+
+def test_a_long_prompt_is_cut_from_the_left_and_a_long_response_from_the_right(tokenizer) -> None:
+    whole = encode([("abcdefghij" * 3, "no")], tokenizer, 200)[0]
+    cut = encode([("abcdefghij" * 3, "no")], tokenizer, 12)[0]
+    assert cut.tokens == whole.tokens[-12:] and cut.response == whole.response
+    only = encode([("abc", "klmnopqrst" * 3)], tokenizer, 12)[0]
+    assert len(only.tokens) == 12 and only.response == 11
+
+
+def test_a_batch_is_padded_on_the_left(tokenizer) -> None:
+    rows = encode(PAIRS, tokenizer, 64)
+    batch = collate(rows, pad=0)
+    for index, row in enumerate(rows):
+        assert batch["input_ids"][index, -len(row.tokens) :].tolist() == list(row.tokens)
+        assert batch["attention_mask"][index].sum() == len(row.tokens)
+        labels = batch["labels"][index]
+        assert labels[labels != IGNORED].tolist() == list(row.tokens[-row.response :])
+
+
+def test_the_loss_is_the_mean_over_the_examples_own_response(tokenizer) -> None:
+    """Against a forward pass of each example alone, without padding, over all logits."""
+    model = tiny_llama().double().eval()
+    rows = encode(PAIRS, tokenizer, 64)
+    losses = example_losses(model, collate(rows, pad=0))
+    for row, loss in zip(rows, losses, strict=True):
+        logits = model(torch.tensor([row.tokens])).logits[0].log_softmax(-1)
+        places = range(len(row.tokens) - row.response, len(row.tokens))
+        expected = -sum(logits[place - 1, row.tokens[place]] for place in places) / row.response
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_an_example_without_response_has_no_loss_and_no_gradient(tokenizer) -> None:
+    model = tiny_llama()
+    rows = [Encoded((5, 6, 7), 0), *encode(PAIRS[:1], tokenizer, 64)]
+    losses = example_losses(model, collate(rows, pad=0))
+    assert losses[0].item() == 0.0 and losses[1].item() > 0
+    losses[0].backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_log_probabilities_do_not_depend_on_the_rest_of_the_batch(tokenizer) -> None:
+    model = tiny_llama().eval()
+    rows = encode(PAIRS, tokenizer, 64)
+    alone = token_log_probabilities(model, collate(rows[1:2], pad=0)).sum()
+    together = token_log_probabilities(model, collate(rows, pad=0))[1].sum()
+    assert together.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_physical_batches_cover_the_batch_once_short_rows_first() -> None:
+    rows = [Encoded(tuple(range(length)), 1) for length in (9, 2, 7, 3, 5)]
+    pieces = list(physical_batches(rows, np.arange(5), 2))
+    assert [piece.tolist() for piece in pieces] == [[1, 3], [4, 2], [0]]
+    assert list(physical_batches([], np.arange(0), 2)) == []
+
+
+def test_rows_of_one_unit_stay_in_one_physical_batch() -> None:
+    rows = [Encoded((1,) * length, 1) for length in (4, 1, 2, 3, 9)]
+    units = np.array([0, 1, 0, 1, 2])
+    pieces = [piece.tolist() for piece in physical_batches(rows, units, 3)]
+    assert sorted(item for piece in pieces for item in piece) == [0, 1, 2, 3, 4]
+    for piece in pieces:
+        for unit in set(units[piece].tolist()):
+            assert set(np.flatnonzero(units == unit).tolist()) <= set(piece)

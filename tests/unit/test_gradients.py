@@ -1,0 +1,127 @@
+import pytest
+import torch
+from conftest import tiny_llama
+
+from dptune.config import AdapterConfig
+from dptune.data.encoding import collate, encode, example_losses, prompt
+from dptune.models import adapters
+from dptune.privacy.gradients import ENGINES, EngineError, LoopEngine, OpacusEngine
+
+PAIRS = [
+    (prompt("which team ?", "reset my code"), "support"),
+    (prompt("is it urgent ?", "the order is late and kim waits"), "no"),
+    ("billing", "yes"),
+    ("order 12", "billing support"),
+    ("code", "no"),
+]
+
+
+def adapted(name: str = "lora") -> torch.nn.Module:
+    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(name=name), rank=2, seed=0)
+    with torch.no_grad():
+        for parameter in adapters.trainable(model).values():
+            # B is zero at first, and A would then have no gradient.
+            parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).reshape(parameter.shape))
+    return model
+
+
+def batch(tokenizer, count: int = len(PAIRS)):
+    return collate(encode(PAIRS[:count], tokenizer, 64), pad=0)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "ffa_lora"])
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_engines_equal_plain_backward_passes(engine: str, adapter: str, tokenizer) -> None:
+    """Each example alone, unpadded, with loss over all logits: the independent oracle. Batch size is not the length."""
+    model = adapted(adapter)
+    expected = []
+    for row in encode(PAIRS, tokenizer, 64):
+        logits = model(input_ids=torch.tensor([row.tokens])).logits[0, -row.response - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.tokens[-row.response :]))
+        model.zero_grad()
+        loss.backward()
+        expected.append({name: value.grad.clone() for name, value in adapters.trainable(model).items()})
+        model.zero_grad(set_to_none=True)
+    made = ENGINES[engine](model, example_losses)
+    _, gradients = made(batch(tokenizer))
+    made.close()
+    assert gradients.keys() == adapters.trainable(model).keys()
+    for name, gradient in gradients.items():
+        for index, row in enumerate(expected):
+            torch.testing.assert_close(gradient[index], row[name], atol=1e-6, rtol=1e-4)
+
+
+def test_changing_one_record_changes_only_its_row(tokenizer) -> None:
+    model = adapted()
+    engine = OpacusEngine(model, example_losses)
+    rows = encode(PAIRS, tokenizer, 64)
+    _, before = engine(collate(rows, pad=0))
+    rows[1] = encode([("something else", "kim")], tokenizer, 64)[0]
+    _, after = engine(collate(rows, pad=0))
+    for name in before:
+        others = [0, 2, 3, 4]
+        torch.testing.assert_close(before[name][others], after[name][others], atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(before[name][1], after[name][1])
+
+
+def test_the_engine_leaves_nothing_behind(tokenizer) -> None:
+    model = adapted()
+    engine = OpacusEngine(model, example_losses)
+    engine(batch(tokenizer))
+    engine.close()
+    for parameter in model.parameters():
+        assert parameter.grad is None
+        assert getattr(parameter, "grad_sample", None) is None
+    example_losses(model, batch(tokenizer)).sum().backward()
+    assert all(getattr(value, "grad_sample", None) is None for value in model.parameters())
+
+
+def test_what_opacus_cannot_do_is_an_error_not_a_wrong_gradient() -> None:
+    """A ParameterDict has no forward, so that no hook sees its parameters; IA3 and VeRA are built like that."""
+
+    class Shifted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 1)
+            self.shift = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.zeros(1))})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) + self.shift["a"]
+
+    def loss(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(rows["x"]).squeeze(1) ** 2
+
+    rows = {"x": torch.ones(4, 3, requires_grad=True)}
+    with pytest.raises(EngineError, match="shift"):
+        OpacusEngine(Shifted(), loss)(rows)
+    _, gradients = LoopEngine(Shifted(), loss)(rows)
+    assert gradients["shift.a"].shape == (4, 1)
+
+
+def test_no_dropout_and_no_frozen_gradient(tokenizer) -> None:
+    model = adapted("ffa_lora")
+    names = adapters.trainable(model)
+    assert names and all(".lora_B." in name for name in names)
+    training = [name for name, module in model.named_modules() if module.training]
+    assert training and all(".lora_B" in name for name in training)
+    count = adapters.count(model)
+    assert count.trainable == sum(value.numel() for value in names.values())
+    assert count.total == sum(value.numel() for value in model.parameters())
+
+
+def test_an_adapter_that_matches_nothing_is_refused() -> None:
+    from dptune.config import ConfigError
+
+    with pytest.raises(ConfigError, match="adapter=lora does not fit"):
+        adapters.attach(tiny_llama(), AdapterConfig(target_modules=["nowhere"]), rank=2, seed=0)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_stream_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    one, two, other = (
+        adapters.trainable(adapters.attach(tiny_llama(), AdapterConfig(), 2, seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,179 @@
+"""The shared loop against a plain one: the same batches and noise, one backward pass an example, sums by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+
+from dptune.config import AdapterConfig, EnvironmentConfig, HyperparameterConfig
+from dptune.data.encoding import collate, encode, example_losses
+from dptune.models import adapters
+from dptune.privacy.gradients import ENGINES
+from dptune.privacy.mechanism import groups_of
+from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.sampling import Batch
+from dptune.privacy.streams import KeyRing, Purpose
+from dptune.training.loop import learning_rate_factor, train, update
+
+HYPER = HyperparameterConfig(
+    learning_rate=0.05,
+    steps=4,
+    expected_batch_size=6,
+    max_grad_norm=0.5,
+    rank=2,
+    warmup_steps=1,
+    weight_decay=0.1,
+)
+PLAN = PrivacyPlan(
+    num_units=12,
+    expected_batch_size=6,
+    steps=4,
+    delta=0.01,
+    noise_multiplier=0.7,
+    max_grad_norm=0.5,
+    noise_mode="reproducible",
+)
+OPEN = PrivacyPlan.non_private(num_units=12, expected_batch_size=6, steps=4)
+KEYS = KeyRing.reproducible(3, "run")
+
+
+class Scripted:
+    """A sampler with known batches, an empty one among them."""
+
+    def batch(self, step: int) -> Batch:
+        rows = np.array([[0, 3, 5, 7], [], [1, 2, 3, 4, 8, 9, 11], [6]][step], dtype=np.int64)
+        return Batch(rows, np.arange(len(rows)), len(rows))
+
+
+def pairs() -> list[tuple[str, str]]:
+    return [
+        (f"which team ? message {index} " * (1 + index % 3), ["yes", "no", "support kim"][index % 3])
+        for index in range(12)
+    ]
+
+
+def model_and_rows(tokenizer):
+    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(), rank=2, seed=1)
+    return model, encode(pairs(), tokenizer, 96)
+
+
+def run_shared(plan, tokenizer, *, optimizer: str = "adamw", engine: str = "opacus", physical: int = 3):
+    model, rows = model_and_rows(tokenizer)
+    parameters = adapters.trainable(model)
+    groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
+    steps = list(
+        train(
+            parameters,
+            rows,
+            sampler=Scripted(),
+            engine=ENGINES[engine](model, example_losses),
+            mechanism=plan.mechanism(groups, KEYS),
+            hyperparameter=HYPER,
+            environment=EnvironmentConfig(optimizer=optimizer),
+            pad=0,
+            physical_batch_size=physical,
+        )
+    )
+    return parameters, steps
+
+
+def run_by_hand(plan, tokenizer, optimizer: str):
+    """Written from the formulas: flat clip, sum, noise on the sum, division by the declared batch size, optimizer."""
+    model, rows = model_and_rows(tokenizer)
+    parameters = adapters.trainable(model)
+    dimension = sum(value.numel() for value in parameters.values())
+    moments = {name: [torch.zeros_like(value), torch.zeros_like(value)] for name, value in parameters.items()}
+    rates = [0.05 * 1 / 2, 0.05, 0.05 * 2 / 3, 0.05 * 1 / 3]
+    for step in range(4):
+        total = torch.zeros(dimension, dtype=torch.float64)
+        for index in Scripted().batch(step).indices.tolist():
+            model.zero_grad()
+            example_losses(model, collate([rows[index]], 0)).sum().backward()
+            gradient = torch.cat([value.grad.flatten() for value in parameters.values()]).double()
+            if plan.private:
+                gradient = gradient * min(1.0, 0.5 / float(gradient.norm())) / (1 + 2**-10)
+            total += gradient
+        if plan.private:
+            noise = KEYS.stream(Purpose.NOISE, step=step, group="all").normal(dimension)
+            total += 0.7 * 0.5 * torch.from_numpy(noise)
+        mean = (total / 6).float()
+        with torch.no_grad():
+            at = 0
+            for name, value in parameters.items():
+                part = mean[at : at + value.numel()].reshape(value.shape)
+                at += value.numel()
+                first, second = moments[name]
+                if optimizer == "adamw":
+                    value.mul_(1 - rates[step] * 0.1)
+                    first.mul_(0.9).add_(part, alpha=0.1)
+                    second.mul_(0.999).add_(part * part, alpha=0.001)
+                    scale = (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+                    value.sub_(rates[step] * first / (1 - 0.9 ** (step + 1)) / scale)
+                else:
+                    part = part + 0.1 * value
+                    first.mul_(0.9).add_(part)
+                    value.sub_(rates[step] * first)
+    return parameters
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("plan", [PLAN, OPEN], ids=["private", "non-private"])
+def test_training_equals_the_plain_loop(plan, optimizer: str, tokenizer) -> None:
+    shared, _ = run_shared(plan, tokenizer, optimizer=optimizer)
+    by_hand = run_by_hand(plan, tokenizer, optimizer)
+    for name, value in by_hand.items():
+        # Adam divides by a second moment: where the gradient is tiny, rounding of it shows.
+        torch.testing.assert_close(shared[name], value, atol=5e-4, rtol=1e-3)
+
+
+def test_physical_batches_and_engines_do_not_change_the_result(tokenizer) -> None:
+    reference, _ = run_shared(PLAN, tokenizer, physical=3)
+    for engine, physical in (("opacus", 1), ("opacus", 50), ("loop", 4)):
+        other, _ = run_shared(PLAN, tokenizer, engine=engine, physical=physical)
+        for name, value in reference.items():
+            torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_the_same_run_twice_is_bit_equal(tokenizer) -> None:
+    one, _ = run_shared(PLAN, tokenizer)
+    two, _ = run_shared(PLAN, tokenizer)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_empty_batch_is_stepped_with_noise(tokenizer) -> None:
+    _, steps = run_shared(PLAN, tokenizer)
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert steps[1].telemetry["NON_PRIVATE/batch_size"] == 0
+    assert steps[1].telemetry["NON_PRIVATE/loss"] == 0
+    assert steps[1].effective_noise_multiplier == pytest.approx(0.7)
+    assert steps[1].noise_std["all"] == pytest.approx(0.7 * 0.5 / 6)
+
+
+def test_every_trained_parameter_moves_and_no_frozen_one(tokenizer) -> None:
+    model, _ = model_and_rows(tokenizer)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trained, _ = run_shared(PLAN, tokenizer)
+    for name, value in before.items():
+        assert name not in trained or not torch.equal(trained[name], value)
+    assert all(".lora_" in name for name in trained)
+
+
+def test_an_update_without_all_gradients_is_refused(tokenizer) -> None:
+    parameters, _ = run_shared(OPEN, tokenizer)
+    groups = groups_of({name: value.shape for name, value in parameters.items()}, "all")
+    release = OPEN.mechanism(groups, KEYS).release(0)
+    release.gradients.pop(next(iter(parameters)))
+    with pytest.raises(ValueError, match="differ in"):
+        update(parameters, release, torch.optim.SGD(parameters.values(), lr=0.1))
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    hyper = HyperparameterConfig(steps=10, warmup_steps=2)
+    factor = learning_rate_factor(hyper)
+    assert [factor(step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert factor(9) == pytest.approx(1 / 8) and factor(10) == 0
+    hyper.decay = "constant"
+    assert learning_rate_factor(hyper)(9) == 1.0
+    assert math.isclose(learning_rate_factor(hyper)(0), 1 / 3)

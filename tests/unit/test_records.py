@@ -1,0 +1,93 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dptune import records
+from dptune.records import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RecordError, RunRecord
+
+
+def metrics(accuracy: float = 0.75) -> Metrics:
+    return Metrics(accuracy, {"a": accuracy}, "a", 0.0, None, 1.5, 8, 0, {"a": 8})
+
+
+def record(run_id: str = "abc", **changes: object) -> RunRecord:
+    base = {
+        "run_id": run_id,
+        "status": "done",
+        "config": {"environment": {"seed": 0}},
+        "metrics": metrics(),
+        "zero_shot": metrics(0.25),
+        "privacy": Privacy(True, "example", 7.9, 8.0, 1e-5, groups={"all": GroupPrivacy(10, 1.0)}),
+        "parameters": Parameters(1000, 10),
+        "cost": Cost(1.0, 0.5, 100.0, 300.0, "cpu"),
+    }
+    return RunRecord(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = record()
+    written.write(tmp_path / "abc")
+    assert records.read(tmp_path / "abc") == written
+    assert json.loads((tmp_path / "abc" / "record.json").read_text())["parameters"]["fraction"] == 0.01
+
+
+def test_a_record_of_a_run_that_just_began_is_read(tmp_path: Path) -> None:
+    begun = RunRecord(run_id="x", status="running", config={})
+    begun.write(tmp_path / "x")
+    assert records.read(tmp_path / "x") == begun
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    record(privacy=Privacy(False, plan={"max_grad_norm": math.inf})).write(tmp_path / "abc")
+    text = (tmp_path / "abc" / "record.json").read_text()
+    assert "Infinity" not in text and json.loads(text)["privacy"]["plan"] == {"max_grad_norm": None}
+
+
+def test_writing_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record().write(tmp_path)
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(records.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        record(status="failed").write(tmp_path)
+    found = records.read(tmp_path)
+    assert found is not None and found.status == "done"
+    assert [item.name for item in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "not a run record"),
+        ('{"schema_version": 99}', "schema version 99"),
+    ],
+)
+def test_a_corrupt_record_is_named_and_left_out(tmp_path: Path, text: str, message: str) -> None:
+    record().write(tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "record.json").write_text(text)
+    with pytest.raises(RecordError, match=message):
+        records.read(tmp_path / "bad")
+    with pytest.warns(UserWarning, match="left out .*bad"):
+        assert [item.run_id for item in records.read_all(tmp_path)] == ["abc"]
+
+
+def test_records_become_a_table() -> None:
+    frame = records.to_frame([record("a"), record("b")])
+    assert frame["run_id"].tolist() == ["a", "b"]
+    assert frame["metrics.accuracy"].tolist() == [0.75, 0.75]
+    assert frame["config.environment.seed"].tolist() == [0, 0]
+
+
+def test_a_claim_excludes_others_until_it_ends(tmp_path: Path) -> None:
+    with records.claimed(tmp_path) as mine:
+        assert mine
+        with records.claimed(tmp_path) as second:
+            assert not second
+    with records.claimed(tmp_path) as again:
+        assert again
