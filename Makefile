@@ -24,7 +24,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 sweep: $(STAMP) ## Run a sweep and print its table: make sweep [SWEEP=hyperparameter] [ARGS="key=value ..."]
-	@$(BIN)/dptune prepare $(ARGS)
 	@status=0; $(BIN)/dptune -m sweeps=$(SWEEP) hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) $(ARGS) || status=$$?; \
 	 if [ $$status -ne 2 ]; then $(BIN)/dptune table $(SWEEP) $(ARGS) || status=$$?; fi; exit $$status
 

@@ -1,0 +1,266 @@
+"""Per-unit clipping whose result carries what it guarantees (SPECIFICATION.md 2.1, 4.2, 10.3).
+
+Every rule bounds the vector v = (v_1, ..., v_G) of a privacy unit, where v_g is its gradient of group g.
+Norms, clip factors and sums are float64. The noise is scaled by the bound that a `ClippedSum` carries, never
+by a threshold from elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from dptune.privacy.allocation import Group, PrecisionRow
+
+MARGIN = 1.0 / (1.0 + 2.0**-10)
+"""Every clip factor is multiplied by this: room for rounding, so that sigma needs no change (10.3)."""
+
+PER_GROUP = ("group", "auto_s", "auto_v", "psac")
+"""Rules which bound each group on its own; `flat` and `scaled_flat` bound all groups jointly."""
+
+_NO_NORM = 1e-100  # squares below this underflow; automatic rules treat such a gradient as 0
+
+
+class SensitivityError(ValueError):
+    """A clipped vector was measured outside its bound: nothing may be released."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The set that holds the clipped vector of every possible unit.
+
+    Attributes:
+        bounds: b_g >= 0 (0: the group is frozen), shape (G,).
+        joint: True for the ellipsoid sum_g (|v_g| / b_g)^2 <= 1, False for the box |v_g| <= b_g.
+    """
+
+    bounds: tuple[float, ...]
+    joint: bool
+
+    def rows(self, stds: ArrayLike) -> tuple[PrecisionRow, ...]:
+        """Rows of a `PrecisionLedger`: this bound under noise of standard deviations s_g, shape (G,).
+
+        For the ellipsoid, the largest |S^-1 v| is the largest b_g / s_g, so that it is one row of unit noise.
+        """
+        b, s = np.asarray(self.bounds), np.asarray(stds, float)
+        if not self.joint:
+            return tuple(PrecisionRow(f"gradients {g}", *pair) for g, pair in enumerate(zip(b, s, strict=True)))
+        with np.errstate(divide="ignore"):
+            reach = np.divide(b, s, out=np.zeros_like(b), where=b > 0.0)
+        return (PrecisionRow("gradients", float(reach.max()), 1.0),)
+
+    def check(self, norms: Tensor) -> None:
+        """Raise unless the vectors with norms |v_g|, shape (G, units), lie within.
+
+        Raises:
+            SensitivityError: If one does not, or is not a number.
+        """
+        bounds = torch.tensor(self.bounds, dtype=torch.float64, device=norms.device).unsqueeze(1)
+        ratio = torch.where(bounds > 0.0, norms / bounds, torch.where(norms == 0.0, 0.0, torch.inf))
+        worst = torch.linalg.vector_norm(ratio, dim=0) if self.joint else ratio
+        if not bool((worst <= 1.0).all()):
+            raise SensitivityError(
+                f"a clipped gradient is {float(worst.max()):.6g} times its bound; nothing is released"
+            )
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """How the gradients of one step are clipped.
+
+    Attributes:
+        kind: `flat`, `group` (M1), `scaled_flat` (M2), `auto_s`, `auto_v`, `psac`, or `none` without privacy.
+        thresholds: C_g, shape (G,). `flat` uses sqrt(sum_g C_g^2).
+        tracked: The thresholds that a quantile tracker asks about, shape (G,) (4.1).
+        unit_stds: s_g at noise multiplier 1, shape (G,), from these thresholds: the shape of the noise, and
+            of `scaled_flat`'s ellipsoid.
+        stability: gamma of AUTO-S, r of PSAC.
+    """
+
+    kind: str
+    thresholds: tuple[float, ...]
+    tracked: tuple[float, ...]
+    unit_stds: tuple[float, ...]
+    stability: float
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """The bound which the clipped vectors keep."""
+        if self.kind in PER_GROUP:
+            return Sensitivity(self.thresholds, joint=False)
+        if self.kind == "scaled_flat":
+            return Sensitivity(self.unit_stds, joint=True)
+        if self.kind == "flat":
+            return Sensitivity((float(np.linalg.norm(self.thresholds)),) * len(self.thresholds), joint=True)
+        if self.kind == "none":
+            return Sensitivity((float("inf"),) * len(self.thresholds), joint=True)
+        raise ValueError(
+            f"clipping {self.kind!r} is unknown; choose flat, scaled_flat or one of {', '.join(PER_GROUP)}"
+        )
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """Clip factors for gradients with norms |g_g|, both float64 of shape (G, units).
+
+        The margin is included. AUTO-S: Bu et al. 2022 (2206.07136); PSAC: Xia et al. 2023 (2212.00328).
+        """
+        if self.kind == "none":
+            return torch.ones_like(norms)
+        bounds = torch.tensor(self.sensitivity.bounds, dtype=torch.float64, device=norms.device).unsqueeze(1)
+        if self.kind in ("flat", "scaled_flat"):
+            live = bounds > 0.0  # a frozen group has no say in the norm and keeps nothing
+            joint = torch.linalg.vector_norm(torch.where(live, norms / bounds, 0.0), dim=0, keepdim=True)
+            return torch.where(live, joint.reciprocal().clamp(max=1.0), 0.0) * MARGIN
+        if self.kind == "group":
+            return torch.where(norms > bounds, bounds / norms, 1.0) * MARGIN
+        slack = torch.zeros_like(norms)
+        if self.kind == "auto_s":
+            slack += self.stability
+        elif self.kind == "psac":
+            slack += self.stability / (norms + self.stability)
+        return torch.where(norms > _NO_NORM, bounds / (norms + slack), 0.0) * MARGIN
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """A sum of clipped vectors over the units of a batch, with the bound that each of them keeps.
+
+    Attributes:
+        values: The sum, float64, shape (D,): groups in order, within a group its parameters in order.
+        sensitivity: The bound of one unit's contribution.
+        inside: Units whose norm of the group is within the tracked threshold, minus half the units: float64,
+            (G,).
+        telemetry: NON_PRIVATE, float64, shape (3,): units; units whose vector was shortened, averaged over
+            groups; gradients which were NaN or infinite somewhere, and were replaced by 0.
+    """
+
+    values: Tensor
+    sensitivity: Sensitivity
+    inside: Tensor
+    telemetry: Tensor
+
+    @classmethod
+    def empty(cls, groups: Sequence[Group], sensitivity: Sensitivity) -> Self:
+        """The sum over no unit."""
+        zeros = [torch.zeros(n, dtype=torch.float64) for n in (sum(g.dimension for g in groups), len(groups), 3)]
+        return cls(zeros[0], sensitivity, zeros[1], zeros[2])
+
+    def __add__(self, other: ClippedSum) -> Self:
+        """The sum over the units of both; they must have been clipped to the same bound."""
+        if self.sensitivity != other.sensitivity:
+            raise SensitivityError("sums with different clip bounds cannot be added; clip a whole step by one rule")
+        return replace(
+            self,
+            values=self.values + other.values,
+            inside=self.inside + other.inside,
+            telemetry=self.telemetry + other.telemetry,
+        )
+
+    def reduced(self, all_reduce: Callable[[Tensor], object]) -> Self:
+        """The sum over ranks; `all_reduce` adds up one float64 vector in place, as torch.distributed does."""
+        parts = (self.values, self.inside, self.telemetry)
+        packed = torch.cat(parts)
+        all_reduce(packed)
+        values, inside, telemetry = torch.split_with_sizes(packed, [len(part) for part in parts])
+        return replace(self, values=values, inside=inside, telemetry=telemetry)
+
+
+def clip_and_sum(
+    per_example: Mapping[str, Tensor], groups: Sequence[Group], rule: ClipRule, units: Tensor | None = None
+) -> ClippedSum:
+    """Clip the gradient of each unit and add them up.
+
+    Two passes over the gradients, each converting one parameter at a time to float64: norms first, then the
+    clipped vectors, whose norms are measured again before they are added.
+
+    Args:
+        per_example: Gradients of one physical batch: for every parameter of every group, any floating dtype,
+            shape (b, *shape).
+        groups: The groups.
+        rule: How to clip.
+        units: For user-level clipping (7.5, ULS) the unit of each row, integers of shape (b,): the gradients
+            of a unit are averaged first. None: each row is a unit.
+
+    Raises:
+        ValueError: If a parameter is missing or unknown, or the shapes or numbers of rows disagree.
+        SensitivityError: If a clipped vector is outside its bound.
+    """
+    sizes = {name: size for group in groups for name, size in zip(group.parameters, group.sizes, strict=True)}
+    rows = _check_rows(per_example, groups, units)
+    device = next(iter(per_example.values())).device
+    scratch = torch.empty(rows * max(sizes.values()), dtype=torch.float64, device=device)
+
+    def load(name: str) -> Tensor:
+        flat = scratch[: rows * sizes[name]].view(rows, sizes[name])
+        return flat.copy_(per_example[name].detach().reshape(rows, sizes[name]))
+
+    row_norms = {name: torch.linalg.vector_norm(load(name), dim=1) for name in sizes}
+    bad = ~torch.stack(list(row_norms.values())).isfinite().all(dim=0)
+    bad_rows = bad.nonzero().flatten()
+    average = None if units is None else _averaging_matrix(units.to(device))
+
+    def per_unit(name: str) -> Tensor:
+        flat = load(name)
+        if len(bad_rows):
+            flat[bad_rows] = 0.0
+        return flat if average is None else average @ flat
+
+    if average is None:
+        unit_norms = {name: norms.masked_fill(bad, 0.0) for name, norms in row_norms.items()}
+    else:
+        unit_norms = {name: torch.linalg.vector_norm(per_unit(name), dim=1) for name in sizes}
+    norms = torch.stack([_norm_of(group, unit_norms) for group in groups])
+    factors = rule.factors(norms)
+
+    sums: list[Tensor] = []
+    clipped_norms: dict[str, Tensor] = {}
+    for group, factor in zip(groups, factors, strict=True):
+        for name in group.parameters:
+            clipped = per_unit(name).mul_(factor.unsqueeze(1))
+            clipped_norms[name] = torch.linalg.vector_norm(clipped, dim=1)
+            sums.append(clipped.sum(dim=0))
+    if rule.kind != "none":
+        rule.sensitivity.check(torch.stack([_norm_of(group, clipped_norms) for group in groups]))
+
+    tracked = torch.tensor(rule.tracked, dtype=torch.float64, device=device).unsqueeze(1)
+    shortened = (factors < MARGIN).double().mean(dim=0).sum()
+    return ClippedSum(
+        values=torch.cat(sums),
+        sensitivity=rule.sensitivity,
+        inside=(norms <= tracked).double().sum(dim=1) - norms.shape[1] / 2,
+        telemetry=torch.stack([shortened.new_tensor(norms.shape[1]), shortened, bad.double().sum()]),
+    )
+
+
+def _check_rows(per_example: Mapping[str, Tensor], groups: Sequence[Group], units: Tensor | None) -> int:
+    shapes = {name: shape for group in groups for name, shape in zip(group.parameters, group.shapes, strict=True)}
+    if missing := shapes.keys() - per_example.keys():
+        raise ValueError(f"no per-example gradients of {sorted(missing)[0]}; every parameter of every group is needed")
+    if unknown := per_example.keys() - shapes.keys():
+        raise ValueError(f"{sorted(unknown)[0]} is in no group; it would be trained without privacy")
+    rows = len(per_example[next(iter(shapes))]) if units is None else len(units)
+    for name, shape in shapes.items():
+        if tuple(per_example[name].shape) not in {(rows, *shape), (rows, math.prod(shape))}:
+            raise ValueError(
+                f"gradients of {name} have shape {tuple(per_example[name].shape)}; expected {(rows, *shape)}"
+            )
+    return rows
+
+
+def _norm_of(group: Group, norms: Mapping[str, Tensor]) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norms[name] for name in group.parameters]), dim=0)
+    return norm
+
+
+def _averaging_matrix(units: Tensor) -> Tensor:
+    """Shape (distinct units, rows): 1 / (rows of the unit) where the row belongs to the unit."""
+    distinct, position, counts = torch.unique(units, return_inverse=True, return_counts=True)
+    matrix = torch.zeros(len(distinct), len(units), dtype=torch.float64, device=units.device)
+    matrix[position, torch.arange(len(units), device=units.device)] = 1.0 / counts.double()[position]
+    return matrix

@@ -1,0 +1,251 @@
+"""Subspaces of the update, and free post-processing of what was released (SPECIFICATION.md 5 and 6).
+
+A subspace projects the gradient of each example *before* it is clipped: the mechanism clips and adds noise in
+the k reduced coordinates, and the released vector is lifted back.
+
+    subspace = random_subspace(groups, k, stream)
+    mechanism = Mechanism(plan, subspace.reduced_groups, keys)
+    mechanism.accumulate(subspace.project(per_example))
+    gradients = subspace.lift(mechanism.release(step).gradients)
+
+Nothing is to be done here for FFA-LoRA (2403.12313): a frozen public A is not among the trainable parameters,
+so that B alone is clipped and noised, which makes the noise in BA linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dptune.privacy.allocation import Group
+from dptune.privacy.clipping import MARGIN, SensitivityError
+from dptune.privacy.events import Event
+from dptune.privacy.mechanism import round_to_grid
+from dptune.privacy.streams import KeyRing, Purpose, Stream
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """One orthonormal basis for each group; it must be public or a function of released quantities.
+
+    Privacy needs neither: any linear map before clipping is covered. Orthonormal columns make `lift` after
+    `project` the orthogonal projection, which keeps k/D of the energy of a gradient on average if the basis
+    is random.
+
+    Attributes:
+        groups: The groups of the full parameters.
+        bases: For each group a float64 matrix of shape (d_g, k_g) with orthonormal columns.
+    """
+
+    groups: tuple[Group, ...]
+    bases: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        for group, basis in zip(self.groups, self.bases, strict=True):
+            if basis.ndim != 2 or len(basis) != group.dimension or not 1 <= basis.shape[1] <= len(basis):
+                raise ValueError(f"basis of {group.name!r} has shape {tuple(basis.shape)}; expected (d, k <= d)")
+
+    @property
+    def reduced_groups(self) -> tuple[Group, ...]:
+        """Groups of the same names, each with its k_g coordinates as one parameter: for the mechanism."""
+        return tuple(
+            Group(group.name, (group.name,), basis.shape[1])
+            for group, basis in zip(self.groups, self.bases, strict=True)
+        )
+
+    def project(self, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Coordinates by group, float64 (b, k_g), of gradients by parameter, (b, *shape)."""
+        return {
+            group.name: _flat(group, per_example) @ basis.to(_device(per_example))
+            for group, basis in zip(self.groups, self.bases, strict=True)
+        }
+
+    def lift(self, released: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Released coordinates, (k_g,) by group, as gradients by parameter, float32."""
+        lifted = {}
+        for group, basis in zip(self.groups, self.bases, strict=True):
+            full = basis.to(released[group.name].device) @ released[group.name].double()
+            parts = torch.split_with_sizes(full, group.sizes)
+            for name, shape, part in zip(group.parameters, group.shapes, parts, strict=True):
+                lifted[name] = part.float().reshape(shape)
+        return lifted
+
+
+def random_subspace(groups: Sequence[Group], k: int, stream: Stream) -> Subspace:
+    """Uniformly random bases of at most k columns (5 b).
+
+    Args:
+        groups: The groups.
+        k: Coordinates of each group; a smaller group keeps all of its own.
+        stream: Public, of purpose `projection`; one of a later step refreshes the subspace.
+    """
+    generator = torch.Generator().manual_seed(stream.seed())
+    bases = []
+    for group in groups:
+        shape = (group.dimension, min(k, group.dimension))
+        bases.append(torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q)
+    return Subspace(tuple(groups), tuple(bases))
+
+
+def principal_subspace(groups: Sequence[Group], gradients: Mapping[str, Tensor], k: int) -> Subspace:
+    """The k directions with most energy in the given gradients (5 c1 and c3).
+
+    Free if the gradients are of public data (2007.03813) or are past releases; those of private data must be
+    paid for (`PaidSubspace`). Past releases that were lifted from a subspace do not lead out of it.
+
+    Args:
+        groups: The groups.
+        gradients: Rows (n, *shape) of each parameter.
+        k: Directions of each group, at most n; a smaller group keeps all of its own.
+
+    Raises:
+        ValueError: If there are fewer rows than directions.
+    """
+    rows = len(next(iter(gradients.values())))
+    bases = []
+    for group in groups:
+        directions = min(k, group.dimension)
+        if directions > rows:
+            raise ValueError(f"{rows} gradients span fewer than k={directions} directions; lower k")
+        bases.append(torch.linalg.svd(_flat(group, gradients), full_matrices=False).Vh[:directions].mT)
+    return Subspace(tuple(groups), tuple(basis.contiguous() for basis in bases))
+
+
+class PaidSubspace:
+    """The k leading directions of private gradients, from a noised sum of v v^T (5 c2; Dwork et al. 2014).
+
+    Each record's v_g is clipped to |v_g|^2 <= 1/sqrt(G), so that the matrices v_g v_g^T of one record have a
+    joint Frobenius norm of at most 1. Costs d_g^2 numbers a group: for small groups.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], noise_multiplier: float, keys: KeyRing, sample_rate: float = 1.0
+    ) -> None:
+        """Start an empty sum.
+
+        Args:
+            groups: The groups.
+            noise_multiplier: Noise in each entry of the sum.
+            keys: Where the noise comes from.
+            sample_rate: With which each record was Poisson sampled for this; 1 if all are used.
+        """
+        self.event = Event(noise_multiplier, sample_rate, 1)
+        """What it costs: an entry of the plan's one-shot events."""
+        self._groups, self._keys = tuple(groups), keys
+        self._sums = [torch.zeros(group.dimension, group.dimension, dtype=torch.float64) for group in groups]
+        self._released = False
+
+    def accumulate(self, per_example: Mapping[str, Tensor]) -> None:
+        """Add v v^T of each record; rows (b, *shape) of each parameter, each record once.
+
+        Raises:
+            ValueError: If the subspace is released already.
+        """
+        self._require_unreleased()
+        flats = [_flat(group, per_example).cpu() for group in self._groups]
+        finite = torch.stack([torch.linalg.vector_norm(flat, dim=1) for flat in flats]).isfinite().all(dim=0)
+        bound = len(self._groups) ** -0.25
+        clipped = []
+        for flat in flats:
+            rows = torch.where(finite.unsqueeze(1), flat, 0.0)
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            clipped.append(rows * torch.where(norms > bound, bound / norms, 1.0) * MARGIN)
+        frobenius = sum(torch.linalg.vector_norm(rows, dim=1) ** 4 for rows in clipped)
+        if not bool((torch.as_tensor(frobenius) <= 1.0).all()):
+            raise SensitivityError("a clipped second moment is larger than 1; nothing is released")
+        for total, rows in zip(self._sums, clipped, strict=True):
+            total += rows.mT @ rows
+
+    def release(self, k: int) -> tuple[Subspace, Event]:
+        """Add noise, once, and return the leading eigenvectors and what they cost.
+
+        Raises:
+            ValueError: If it is called again.
+        """
+        self._require_unreleased()
+        self._released = True
+        bases = []
+        for group, total in zip(self._groups, self._sums, strict=True):
+            upper = torch.triu_indices(group.dimension, group.dimension)
+            noise = self._keys.stream(Purpose.NOISE, group=f"subspace {group.name}").normal(upper.shape[1])
+            std = self.event.noise_multiplier
+            entries = round_to_grid(total[upper[0], upper[1]] + std * torch.from_numpy(noise), std)
+            matrix = torch.zeros_like(total)
+            matrix[upper[0], upper[1]] = entries
+            matrix[upper[1], upper[0]] = entries
+            vectors = torch.linalg.eigh(matrix).eigenvectors  # eigenvalues ascend
+            bases.append(vectors[:, -min(k, group.dimension) :].flip(1).contiguous())
+        return Subspace(self._groups, tuple(bases)), self.event
+
+    def _require_unreleased(self) -> None:
+        if self._released:
+            raise ValueError("the subspace is released; a second one needs its own event and its own keys")
+
+
+def _flat(group: Group, gradients: Mapping[str, Tensor]) -> Tensor:
+    parts = [gradients[name].detach() for name in group.parameters]
+    sizes = group.sizes
+    return torch.cat([part.reshape(len(part), n).double() for part, n in zip(parts, sizes, strict=True)], dim=1)
+
+
+def _device(gradients: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(gradients.values())).device
+
+
+def ema(average: Tensor, value: Tensor, beta: float) -> Tensor:
+    """Beta average + (1 - beta) value: of iterates (2204.13650), or of the noise variance for `adam_bc` (6).
+
+    Of white noise of variance 1 it keeps the variance (1 - beta) / (1 + beta).
+    """
+    return beta * average + (1.0 - beta) * value
+
+
+def adam_bc(first_moment: Tensor, second_moment: Tensor, noise_variance: float, floor: float) -> Tensor:
+    """Adam's direction without the bias of the noise: m / sqrt(max(v - Phi, floor)) (6; 2312.14334).
+
+    Args:
+        first_moment: Bias-corrected m of y / L.
+        second_moment: Bias-corrected v of y / L, same shape.
+        noise_variance: Phi = (s_g / L)^2; if s_g changes, its moving average with beta_2, bias-corrected as v
+            is.
+        floor: Smallest second moment; sets the largest step.
+    """
+    return first_moment / (second_moment - noise_variance).clamp(min=floor).sqrt()
+
+
+def james_stein(vector: Tensor, std: float) -> Tensor:
+    """(1 - (d - 2) s^2 / |y|^2)_+ y: shrink a released vector of noise s towards 0 (6)."""
+    energy = vector.square().sum()
+    if vector.numel() <= 2 or energy == 0.0:
+        return vector
+    return vector * (1.0 - (vector.numel() - 2) * std**2 / energy).clamp(min=0.0)
+
+
+def shrink_singular_values(matrix: Tensor, std: float) -> Tensor:
+    """Least-squares shrinkage of the singular values of a matrix with noise s (6; Gavish & Donoho 2017).
+
+    Args:
+        matrix: Released, shape (m, n); one noise level for all entries.
+        std: s > 0, on the same scale.
+    """
+    rows, columns = matrix.shape
+    u, values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    scale = std * math.sqrt(max(rows, columns))
+    shrunk = scale * gavish_donoho(values / scale, min(rows, columns) / max(rows, columns))
+    return torch.matmul(u * shrunk, vh).to(matrix.dtype)
+
+
+def gavish_donoho(y: Tensor, beta: float) -> Tensor:
+    """Frobenius shrinker sqrt((y^2 - beta - 1)^2 - 4 beta) / y above 1 + sqrt(beta), else 0 (1405.7511).
+
+    Args:
+        y: Singular values in units of s sqrt(n), n the longer side.
+        beta: Aspect ratio in (0, 1].
+    """
+    above = y > 1.0 + math.sqrt(beta)
+    inner = ((y.square() - beta - 1.0).square() - 4.0 * beta).clamp(min=0.0)
+    return torch.where(above, inner.sqrt() / torch.where(above, y, 1.0), 0.0)
