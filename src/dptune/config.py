@@ -183,8 +183,14 @@ class EnvironmentConfig:
 
     seed: int = _number(0, least=0)
     """Seed of initialisation and, in reproducible noise mode, of batches and noise."""
-    optimizer: str = _one_of("adamw", "sgd")
-    """AdamW with its usual constants, or SGD with momentum 0.9."""
+    optimizer: str = _one_of("adamw", "adam", "sgd", "dp_adam_bc")
+    """AdamW or Adam with their usual constants, SGD with momentum 0.9, or Adam without the bias of the noise."""
+    adam_bc_floor: float = _number(0.1, above=0)
+    """Smallest debiased second moment of `dp_adam_bc`, in units of the noise variance."""
+    iterate_ema: float = _number(0.0, least=0, below=1)
+    """Decay of the moving average of the weights that is kept; 0 keeps the last weights. Free post-processing."""
+    shrinkage: str = _one_of("none", "james_stein", "singular_value")
+    """Shrinkage of released gradients towards zero before the optimizer. Free post-processing."""
     precision: str = _one_of("float32", "bfloat16")
     """Number format of the frozen backbone; adapters, norms and sums keep theirs."""
     sequence_length: int = _number(96, least=8)

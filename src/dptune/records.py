@@ -88,6 +88,8 @@ class Privacy:
     """Noisy steps that were done."""
     noise_mode: str | None = None
     """`secure`, or `reproducible`: epsilon accounted, not realised for anyone who knows the seed."""
+    attempts: int = 1
+    """Transcripts that were begun for this run, killed and forced ones included; `epsilon` is for one of them."""
     stand_in: bool = False
     """The data is public: epsilon is stated as if it were private."""
     groups: dict[str, GroupPrivacy] = field(default_factory=dict)

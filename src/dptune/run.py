@@ -33,7 +33,9 @@ from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
+from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.gradients import ENGINES
+from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
 from dptune.privacy.streams import KeyRing, Purpose
@@ -46,6 +48,8 @@ HISTORY_FILE, EVALUATION_FILE, LOG_FILE, ADAPTER_FOLDER = (
     "run.log",
     "adapter",
 )
+
+LEDGER_FILE = "ledger.jsonl"
 
 Report = Callable[[str], None]
 """Receives one line of progress."""
@@ -136,7 +140,9 @@ def prepare(config: Config, identity: str) -> Prepared:
     # Initialisation is public and depends on the seed alone, so that methods start from the same point.
     start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
     model = adapters.attach(backbone.model, config.adapter, config.hyperparameter.rank, start)
-    keys = KeyRing.secure(identity) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, identity)
+    # The same seed must never draw the same noise for other data, another backbone or another plan.
+    name = "/".join((identity, data.fingerprint, backbone.fingerprint, plan.fingerprint()))
+    keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
     return Prepared(data, plan, backbone, model, keys)
 
 
@@ -238,20 +244,32 @@ def execute(
 
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
     engine = ENGINES[config.environment.engine](model, example_losses)
+    mechanism = plan.mechanism(groups, prepared.keys)
     training_begin = time.perf_counter()
     last: Step | None = None
     spent = epsilon_marks(plan)
+    ledger = WriteAheadLedger(folder / LEDGER_FILE, plan, prepared.keys, prepared.keys.run) if plan.private else None
+
+    def before_step(step: int) -> None:
+        if ledger is not None:
+            ledger.begin(step)
+        if plan.allocation.rule == "lora_weight_space":
+            # Weights of the adapter as it is now are a function of past releases: free (SPECIFICATION.md 2.5).
+            norms = {name: float(value.detach().square().sum()) for name, value in model.named_parameters()}
+            mechanism.set_public_weights(lora_group_weights(groups, norms))
+
     with (folder / HISTORY_FILE).open("w", encoding="utf-8") as history:
         for last in train(
             parameters,
             rows,
             sampler=plan.sampler(prepared.keys, users=[example.user for example in data.train]),
             engine=engine,
-            mechanism=plan.mechanism(groups, prepared.keys),
+            mechanism=mechanism,
             hyperparameter=config.hyperparameter,
             environment=config.environment,
             pad=tokenizer.pad_token_id,
             physical_batch_size=config.compute.physical_batch_size,
+            before_step=before_step,
         ):
             row = history_row(last, spent.get(last.step))
             history.write(json.dumps(row) + "\n")
@@ -267,6 +285,7 @@ def execute(
     if not math.isfinite(record.metrics.response_perplexity):
         raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
     record.privacy = privacy_of(plan, config, data, last, {group.name: group.dimension for group in groups})
+    record.privacy.attempts = ledger.attempts if ledger else 0
     write_atomically(
         folder / EVALUATION_FILE,
         "".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in judgements),

@@ -244,3 +244,34 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_run(config: Config, monke
     monkeypatch.setattr(wandb, "init", refuse)
     assert run.run(config).status == "done"
     assert "no wandb today" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clipping": "flat", "allocation": "uniform", "allocation_weights": "static", "grouping": "all"},
+        {"clipping": "group", "allocation": "equal_snr", "allocation_weights": "static", "grouping": "layer"},
+        {"clipping": "auto_s", "allocation": "min_energy", "grouping": "kind"},
+        {"clipping": "psac", "allocation": "equal_budget", "grouping": "module"},
+        {"clipping": "group", "allocation": "joint", "quantile": 0.5},
+        {"allocation": "lora_weight_space"},
+        {"allocation_weights": "adam", "quantile": 0.6, "quantile_share": 0.05},
+        {"schedule": "cosine", "schedule_ratio": 0.5},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_way_of_sharing_clip_and_noise_keeps_the_target(config: Config, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        setattr(config.privacy, name, value)
+    record = run.run(config)
+    assert record.status == "done", record.error
+    folder = Path(config.compute.output_root) / record.run_id
+    privacy = record.privacy
+    assert privacy is not None and privacy.epsilon <= 8
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    planned = PrivacyPlan.from_dict(privacy.plan).noise_multipliers()
+    for row, sigma in zip(history, planned, strict=True):
+        # Everything released in a step together, thresholds included, has the planned multiplier.
+        assert row["noise_multiplier"] == pytest.approx(sigma, rel=1e-6)
+    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert [row["noise_multiplier"] for row in ledger] == planned.tolist() and privacy.attempts == 1

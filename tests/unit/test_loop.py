@@ -15,7 +15,8 @@ from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.sampling import Batch
 from dptune.privacy.streams import KeyRing, Purpose
-from dptune.training.loop import learning_rate_factor, train, update
+from dptune.training.loop import train
+from dptune.training.optimizers import IterateAverage, learning_rate_factor, make_optimizer, update
 
 HYPER = HyperparameterConfig(
     learning_rate=0.05,
@@ -59,7 +60,7 @@ def model_and_rows(tokenizer):
     return model, encode(pairs(), tokenizer, 96)
 
 
-def run_shared(plan, tokenizer, *, optimizer: str = "adamw", engine: str = "opacus", physical: int = 3):
+def run_shared(plan, tokenizer, *, engine: str = "opacus", physical: int = 3, **environment):
     model, rows = model_and_rows(tokenizer)
     parameters = adapters.trainable(model)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
@@ -71,7 +72,7 @@ def run_shared(plan, tokenizer, *, optimizer: str = "adamw", engine: str = "opac
             engine=ENGINES[engine](model, example_losses),
             mechanism=plan.mechanism(groups, KEYS),
             hyperparameter=HYPER,
-            environment=EnvironmentConfig(optimizer=optimizer),
+            environment=EnvironmentConfig(**environment),
             pad=0,
             physical_batch_size=physical,
         )
@@ -166,7 +167,7 @@ def test_an_update_without_all_gradients_is_refused(tokenizer) -> None:
     release = OPEN.mechanism(groups, KEYS).release(0)
     release.gradients.pop(next(iter(parameters)))
     with pytest.raises(ValueError, match="differ in"):
-        update(parameters, release, torch.optim.SGD(parameters.values(), lr=0.1))
+        update(parameters, release, dict.fromkeys(parameters, 0.0), torch.optim.SGD(parameters.values(), lr=0.1))
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -177,3 +178,56 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     hyper.decay = "constant"
     assert learning_rate_factor(hyper)(9) == 1.0
     assert math.isclose(learning_rate_factor(hyper)(0), 1 / 3)
+
+
+def test_dp_adam_bc_removes_the_noise_from_the_second_moment() -> None:
+    """By hand for one coordinate over three steps with changing noise; without noise it is Adam."""
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    environment = EnvironmentConfig(optimizer="dp_adam_bc", adam_bc_floor=0.1)
+    optimizer = make_optimizer({"w": weight}, HyperparameterConfig(learning_rate=0.1), environment)
+    m = v = phi = 0.0
+    expected = 1.0
+    for step, (gradient, std) in enumerate([(0.5, 0.1), (-0.2, 0.3), (0.4, 0.2)], start=1):
+        weight.grad = torch.tensor([gradient])
+        optimizer.set_noise({weight: std})
+        optimizer.step()
+        m, v, phi = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2, 0.999 * phi + 0.001 * std**2
+        unbias = 1 - 0.999**step
+        second = max((v - phi) / unbias, 0.1 * phi / unbias)
+        expected -= 0.1 * m / (1 - 0.9**step) / math.sqrt(second)
+        assert weight.item() == pytest.approx(expected, rel=1e-5)
+    plain, other = torch.nn.Parameter(torch.tensor([1.0])), torch.nn.Parameter(torch.tensor([1.0]))
+    adam = torch.optim.Adam([plain], lr=0.1)
+    corrected = make_optimizer({"w": other}, HyperparameterConfig(learning_rate=0.1), environment)
+    for gradient in (0.5, -0.2, 0.4):
+        plain.grad, other.grad = torch.tensor([gradient]), torch.tensor([gradient])
+        corrected.set_noise({other: 0.0})
+        adam.step()
+        corrected.step()
+    assert other.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_the_average_of_the_weights_is_kept(tokenizer) -> None:
+    weight = torch.nn.Parameter(torch.tensor([0.0]))
+    average = IterateAverage({"w": weight}, 0.5)
+    for value in (1.0, 2.0, 4.0):
+        with torch.no_grad():
+            weight.fill_(value)
+        average.step()
+    average.finish()
+    assert weight.item() == pytest.approx((0.125 * 1 + 0.25 * 2 + 0.5 * 4) / 0.875)
+    last, _ = run_shared(PLAN, tokenizer)
+    averaged, _ = run_shared(PLAN, tokenizer, iterate_ema=0.5)
+    assert any(not torch.allclose(last[name], averaged[name]) for name in last)
+
+
+@pytest.mark.parametrize("shrinkage", ["james_stein", "singular_value"])
+def test_shrinkage_moves_released_gradients_towards_zero(shrinkage: str, tokenizer) -> None:
+    plain, _ = run_shared(PLAN, tokenizer, optimizer="sgd")
+    shrunk, _ = run_shared(PLAN, tokenizer, optimizer="sgd", shrinkage=shrinkage)
+    start = adapters.trainable(model_and_rows(tokenizer)[0])
+
+    def moved(trained) -> float:
+        return sum(float((trained[name] - start[name]).detach().norm()) ** 2 for name in start)
+
+    assert 0 < moved(shrunk) < moved(plain)

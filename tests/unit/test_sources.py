@@ -35,10 +35,7 @@ def write(path: Path, rows: list[object]) -> Path:
 
 
 def rows(count: int) -> list[object]:
-    return [
-        {**ROW, "input": f"message {index}", "split": "train" if index % 2 else "test"}
-        for index in range(count)
-    ]
+    return [{**ROW, "input": f"message {index}", "split": "train" if index % 2 else "test"} for index in range(count)]
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])

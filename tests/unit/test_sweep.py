@@ -6,9 +6,7 @@ from dptune import sweep
 from dptune.config import ConfigError, strict
 from dptune.sweep import ROOT, expand, load, without_hydra
 
-SWEEPS = sorted(
-    str(path.relative_to(ROOT / "sweeps").with_suffix("")) for path in (ROOT / "sweeps").rglob("*.yaml")
-)
+SWEEPS = sorted(str(path.relative_to(ROOT / "sweeps").with_suffix("")) for path in (ROOT / "sweeps").rglob("*.yaml"))
 CHOICES = sorted(
     f"{path.parent.relative_to(ROOT / 'conf')}={path.stem}"
     for path in (ROOT / "conf").rglob("*.yaml")
@@ -76,9 +74,7 @@ def test_a_job_that_cannot_run_stops_the_sweep_before_it_starts() -> None:
         load("smoke", ["hyperparameter.expected_batch_size=64,600"])
 
 
-def test_configs_and_sweeps_are_found_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configs_and_sweeps_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(load("smoke")) == 4
     assert sweep.ROOT.is_absolute()

@@ -3,18 +3,31 @@ from pathlib import Path
 
 import pytest
 
+from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.selection import epsilon_all
 from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord
 from dptune.report.tables import sweep_table, wilson, with_interval
 from dptune.sweep import Job, load
 
 
+PLAN = PrivacyPlan(
+    num_units=512,
+    expected_batch_size=64,
+    steps=4,
+    delta=1e-5,
+    noise_multiplier=1.0,
+    max_grad_norm=1.0,
+    noise_mode="reproducible",
+)
+
+
 def finish(job: Job, accuracy: float, root: Path) -> None:
     private = job.config.privacy.enabled
-    metrics = Metrics(
-        accuracy, {"a": accuracy, "b": accuracy - 0.1}, "b", 0.05, accuracy, 1.2, 64, 60, {"a": 64}
-    )
+    metrics = Metrics(accuracy, {"a": accuracy, "b": accuracy - 0.1}, "b", 0.05, accuracy, 1.2, 64, 60, {"a": 64})
     floor = dataclasses.replace(metrics, accuracy=0.2, accuracy_by_task={"a": 0.2})
-    guarantee = Privacy(private, "example", 7.9, 8.0, 1e-5, noise_mode="reproducible", stand_in=True)
+    guarantee = Privacy(
+        private, "example", 7.9, 8.0, 1e-5, noise_mode="reproducible", stand_in=True, plan=PLAN.to_dict()
+    )
     RunRecord(
         run_id=job.run_id,
         status="done",
@@ -38,10 +51,12 @@ def test_a_table_shows_means_intervals_floor_and_ceiling(tmp_path: Path) -> None
     assert lines[5].startswith(
         "| privacy=uniform | 0.850 [0.215, 1.000] (2) | 0.850 | 0.750 | 7.900/8 | 1e-05 | 25 (2.50) |"
     )
-    assert lines[6].startswith(
-        "| privacy=none (ceiling) | 0.850 [0.215, 1.000] (2) | 0.850 | 0.750 | none | – |"
-    )
+    assert lines[6].startswith("| privacy=none (ceiling) | 0.850 [0.215, 1.000] (2) | 0.850 | 0.750 | none | – |")
     assert "accounted, not realised" in lines[-2] and "stand-in" in lines[-1]
+    # Two private runs on the same data together, by the accountant over both.
+    together = epsilon_all([PLAN.events()] * 2, 1e-5)
+    assert f"releasing all 2 runs together is {together:.3f}" in lines[-4] and together > PLAN.epsilon()
+    assert lines[-3] == "The 2 non-private runs have no ε at all."
 
 
 def test_cells_say_what_is_missing(tmp_path: Path) -> None:

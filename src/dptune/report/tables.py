@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.selection import statement
 from dptune.records import RunRecord, read
 from dptune.sweep import Job
 
@@ -116,19 +118,33 @@ def state(record: RunRecord | None) -> str:
 
 def footnotes(done: Sequence[RunRecord]) -> list[str]:
     """What a reader must know to read the epsilons."""
-    guarantees = [record.privacy for record in done if record.privacy is not None and record.privacy.private]
-    notes = []
-    if guarantees:
-        units = sorted({str(item.unit) for item in guarantees})
-        notes.append(
-            f"ε is an upper bound by the PLD accountant for one run, unit {', '.join(units)}; "
-            "it excludes the choice among runs."
-        )
+    private = [record for record in done if record.privacy is not None and record.privacy.private]
+    guarantees = [record.privacy for record in private if record.privacy is not None]
+    if not guarantees:
+        return []
+    units = sorted({str(item.unit) for item in guarantees})
+    notes = [
+        f"ε: upper bound by the PLD accountant for one run, unit {', '.join(units)}. It excludes the choice among runs."
+    ]
+    notes += [of_all_runs(private)]
+    if len(private) < len(done):
+        notes.append(f"The {len(done) - len(private)} non-private runs have no ε at all.")
     if any(item.noise_mode == "reproducible" for item in guarantees):
-        notes.append("Noise mode reproducible: ε is accounted, not realised (anyone with the seed can subtract it).")
+        notes.append(
+            "Noise mode reproducible: ε is accounted, not realised (anyone with the seed can subtract the noise)."
+        )
     if any(item.stand_in for item in guarantees):
         notes.append("The data is a public stand-in: ε is stated as if it were private.")
     return notes
+
+
+def of_all_runs(private: Sequence[RunRecord]) -> str:
+    """What the private runs cost together, if they are releases of the same data (SPECIFICATION.md 8)."""
+    plans = [PrivacyPlan.from_dict(record.privacy.plan) for record in private if record.privacy is not None]
+    fingerprints = {record.provenance.get("data") for record in private}
+    if len(fingerprints) > 1 or len({plan.unit for plan in plans}) > 1:
+        return "The runs use different data or units: no ε is stated for all of them together."
+    return statement(plans, "all").text
 
 
 def row(cells: Sequence[str]) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from dptune.config import EnvironmentConfig, HyperparameterConfig
 from dptune.data.encoding import Encoded, collate, physical_batches
 from dptune.privacy.gradients import Engine
-from dptune.privacy.mechanism import Mechanism, Release
+from dptune.privacy.mechanism import Mechanism
 from dptune.privacy.sampling import Batch
+from dptune.training.optimizers import IterateAverage, learning_rate_factor, make_optimizer, update
 
 
 class Sampler(Protocol):
@@ -54,6 +55,7 @@ def train(
     environment: EnvironmentConfig,
     pad: int,
     physical_batch_size: int,
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[Step]:
     """Train `parameters` in place, yielding after each step.
 
@@ -64,15 +66,19 @@ def train(
         engine: per-example gradients.
         mechanism: from the privacy plan; the only way from gradients to an update.
         hyperparameter: learning rate and its schedule, number of steps.
-        environment: kind of optimizer.
+        environment: kind of optimizer and free post-processing of what was released.
         pad: token that pads.
+        before_step: called with each step before its data are touched; writes the ledger.
         physical_batch_size: rows in one forward pass; cannot change the numbers beyond rounding.
     """
     device = next(iter(parameters.values())).device
-    optimizer = make_optimizer(list(parameters.values()), hyperparameter, environment.optimizer)
+    group_of = {name: group.name for group in mechanism.groups for name in group.parameters}
+    optimizer = make_optimizer(parameters, hyperparameter, environment)
+    average = IterateAverage(parameters, environment.iterate_ema)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(hyperparameter))
     begin = time.perf_counter()
     for step in range(hyperparameter.steps):
+        before_step(step)
         batch = sampler.batch(step)
         logical = [rows[row] for row in batch.indices.tolist()]
         losses = 0.0
@@ -82,7 +88,11 @@ def train(
             mechanism.accumulate(gradients, torch.from_numpy(batch.units[piece]))
             losses += float(loss.sum())
         release = mechanism.release(step)
-        update(parameters, release, optimizer)
+        noise_std = {name: release.noise_std[group_of[name]] for name in parameters}
+        update(parameters, release, noise_std, optimizer, environment.shrinkage)
+        average.step()
+        if step + 1 == hyperparameter.steps:
+            average.finish()
         rate = float(schedule.get_last_lr()[0])
         schedule.step()
         yield Step(
@@ -93,39 +103,3 @@ def train(
             telemetry={**release.telemetry, "NON_PRIVATE/loss": losses / max(len(logical), 1)},
             seconds=time.perf_counter() - begin,
         )
-
-
-def update(parameters: Mapping[str, torch.nn.Parameter], release: Release, optimizer: torch.optim.Optimizer) -> None:
-    """One optimizer step on released gradients. Raises ValueError when one is missing."""
-    if release.gradients.keys() != parameters.keys():
-        differing = sorted(release.gradients.keys() ^ parameters.keys())
-        raise ValueError(f"released gradients and trained parameters differ in {', '.join(differing)}")
-    for name, parameter in parameters.items():
-        parameter.grad = release.gradients[name].to(parameter.device, parameter.dtype)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def make_optimizer(
-    parameters: list[torch.nn.Parameter], hyperparameter: HyperparameterConfig, name: str
-) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum 0.9."""
-    settings: dict[str, Any] = {
-        "lr": hyperparameter.learning_rate,
-        "weight_decay": hyperparameter.weight_decay,
-    }
-    if name == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **settings)
-    return torch.optim.AdamW(parameters, **settings)
-
-
-def learning_rate_factor(hyperparameter: HyperparameterConfig) -> Callable[[int], float]:
-    """Learning rate over its peak, by step from 0: linear warm-up, then linear decay to zero or constant."""
-    warmup, steps = hyperparameter.warmup_steps, hyperparameter.steps
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 1.0 if hyperparameter.decay == "constant" else (steps - step) / (steps - warmup)
-
-    return factor
