@@ -9,7 +9,6 @@ from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord
 from dptune.report.tables import sweep_table, wilson, with_interval
 from dptune.sweep import Job, load
 
-
 PLAN = PrivacyPlan(
     num_units=512,
     expected_batch_size=64,

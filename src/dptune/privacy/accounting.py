@@ -1,0 +1,285 @@
+"""Events to epsilon: the reference accountant, others beside it, and calibration (SPECIFICATION.md 7).
+
+The epsilon that is printed, compared with a target or used in calibration is always :func:`epsilon`: an
+upper bound by privacy loss distributions on the grid of :func:`dptune.privacy.pld.interval`. Everything that
+is only an estimate says so in its :class:`Reported` value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Literal
+
+import numpy as np
+from scipy import optimize
+
+from dptune.privacy.estimates import epsilon_edgeworth, epsilon_gdp_clt
+from dptune.privacy.events import Event, PlanError, merge
+from dptune.privacy.filters import BudgetExhausted, NoiseFloor, RenyiFilter, privacy_filter
+from dptune.privacy.pld import compose, interval
+from dptune.privacy.renyi import epsilon_rdp
+
+__all__ = [
+    "BudgetExhausted",
+    "CalibrationError",
+    "Event",
+    "MembershipCeiling",
+    "NoiseFloor",
+    "RenyiFilter",
+    "Reported",
+    "calibrate",
+    "delta",
+    "epsilon",
+    "epsilon_edgeworth",
+    "epsilon_gdp_clt",
+    "epsilon_group_privacy",
+    "epsilon_prv",
+    "epsilon_rdp",
+    "interval",
+    "membership_ceiling",
+    "merge",
+    "privacy_filter",
+    "side_by_side",
+]
+
+SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.1, 1e3
+SMALLEST_DELTA = 1e-12  # below, the rounding of the Fourier transforms is no longer negligible
+_GRID = 1e-4
+
+
+class CalibrationError(PlanError):
+    """No noise multiplier reaches the target epsilon."""
+
+
+def epsilon(events: Sequence[Event], delta: float) -> float:
+    """Upper bound on epsilon at ``delta`` of all events together: the reference (SPECIFICATION.md 7.2).
+
+    Pessimistic connect-the-dots privacy loss distributions, larger of both directions; adaptive composition
+    of the dominating pairs (theorem B). ``math.inf`` if no finite epsilon holds at this delta.
+
+    Raises:
+        ValueError: without events, or for a delta outside [1e-12, 1).
+    """
+    if not SMALLEST_DELTA <= delta < 1:
+        raise ValueError(f"delta must lie in [{SMALLEST_DELTA}, 1), not {delta}")
+    return _epsilon(merge(events), delta)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(events: tuple[Event, ...], delta: float, coarsening: float = 1.0) -> float:
+    grid_interval = interval(events) * coarsening if events else None
+    return float(compose(events, grid_interval).get_epsilon_for_delta(delta))
+
+
+def delta(events: Sequence[Event], epsilon: float) -> float:
+    """Upper bound on delta at ``epsilon`` of all events together, by the reference accountant."""
+    return float(compose(events).get_delta_for_epsilon(epsilon))
+
+
+def epsilon_prv(events: Sequence[Event], delta: float, error: float = 0.01) -> float:
+    """Upper bound on epsilon by the PRV accountant (Gopi et al. 2021, arXiv:2106.02848): its upper value.
+
+    Args:
+        events: the releases, with ``group_size`` 1.
+        delta: target delta.
+        error: additive error in epsilon that the upper value includes.
+
+    Raises:
+        ValueError: for ``group_size`` above 1, which the accountant does not have.
+    """
+    import prv_accountant
+
+    blocks = merge(events)
+    if any(event.group_size > 1 for event in blocks):
+        raise ValueError("the PRV accountant has no mixture of Gaussians: group_size must be 1")
+    variables = [
+        prv_accountant.GaussianMechanism(event.noise_multiplier)
+        if event.sample_rate == 1.0
+        else prv_accountant.PoissonSubsampledGaussianMechanism(event.sample_rate, event.noise_multiplier)
+        for event in blocks
+    ]
+    counts = [event.count for event in blocks]
+    with np.errstate(all="ignore"):
+        accountant = prv_accountant.PRVAccountant(
+            variables, eps_error=error, delta_error=delta / 1000, max_self_compositions=counts
+        )
+        upper = float(accountant.compute_epsilon(delta, counts)[2])
+    if not math.isfinite(upper):
+        raise ValueError("the PRV accountant gives no finite value")
+    return upper
+
+
+def epsilon_group_privacy(events: Sequence[Event], delta: float, size: int) -> float:
+    """Epsilon for ``size`` records together by the generic conversion; the mixture events are much tighter.
+
+    min over e of size * e such that delta(e) (exp(size e) - 1) / (exp(e) - 1) <= delta, ``math.inf`` if there
+    is none (SPECIFICATION.md 7.5).
+    """
+    distribution = compose(events)
+    candidates = np.linspace(0.0, 60.0 / size, 60_001)[1:]
+    deltas = np.asarray(distribution.get_delta_for_epsilon(candidates))
+    valid = deltas * np.expm1(size * candidates) / np.expm1(candidates) <= delta
+    return float(size * candidates[np.argmax(valid)]) if valid.any() else math.inf
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What one accountant says.
+
+    Attributes:
+        value: epsilon, or None if the accountant failed.
+        kind: ``bound`` (a guarantee) or ``estimate`` (for plots only).
+        accountant: how it was computed, with versions.
+        reason: one line on why there is no value.
+    """
+
+    value: float | None
+    kind: Literal["bound", "estimate"]
+    accountant: str
+    reason: str | None = None
+
+
+def side_by_side(events: Sequence[Event], delta: float) -> dict[str, Reported]:
+    """Epsilon by every accountant; the reference is ``pld``. One that fails says why and stops no other."""
+    libraries = {name: f"{name} {version(name)}" for name in ("dp-accounting", "prv-accountant")}
+    accountants: dict[str, tuple[Callable[[], float], Literal["bound", "estimate"], str]] = {
+        "pld": (lambda: epsilon(events, delta), "bound", f"{libraries['dp-accounting']}, connect-the-dots"),
+        "rdp": (lambda: epsilon_rdp(events, delta), "bound", "Rényi DP, quadrature"),
+        "prv": (lambda: epsilon_prv(events, delta), "bound", f"{libraries['prv-accountant']}, upper value"),
+        "gdp_clt": (lambda: epsilon_gdp_clt(events, delta), "estimate", "Gaussian-DP central limit"),
+        "edgeworth": (lambda: epsilon_edgeworth(events, delta), "estimate", "Edgeworth, first order"),
+    }
+    reports = {}
+    for name, (compute, kind, accountant) in accountants.items():
+        try:
+            value = compute()
+            if not math.isfinite(value):
+                raise ArithmeticError(f"no finite epsilon at delta {delta:g}")
+            reports[name] = Reported(value, kind, accountant)
+        except (ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reports[name] = Reported(None, kind, accountant, reason)
+    return reports
+
+
+def calibrate(
+    make_events: Callable[[float], Sequence[Event]],
+    target_epsilon: float,
+    delta: float,
+) -> float:
+    """Smallest noise multiplier on a 1e-4 grid whose reference epsilon is at most the target.
+
+    The root is searched on a loss grid eight times coarser than the reference's, shifted by what one
+    evaluation at twice the reference's interval tells about the rounding, and settled by the reference.
+
+    Args:
+        make_events: the events of a noise multiplier; must lose privacy as the multiplier falls.
+        target_epsilon: above 0.
+        delta: target delta.
+
+    Returns:
+        A multiplier between 0.1 and 1000.
+
+    Raises:
+        CalibrationError: if even a multiplier of 1000 exceeds the target.
+        PlanError: if the target is not a finite number above 0.
+    """
+    if not (math.isfinite(target_epsilon) and target_epsilon > 0):
+        raise PlanError(f"target epsilon must be finite and above 0, not {target_epsilon}")
+
+    def meets(index: int) -> bool:
+        return epsilon(make_events(round(index * _GRID, 4)), delta) <= target_epsilon
+
+    def excess(log_multiplier: float, coarsening: float = 8.0) -> float:
+        value = _epsilon(merge(make_events(math.exp(log_multiplier))), delta, coarsening)
+        return min(value, 1e9) - target_epsilon
+
+    smallest, largest = (round(limit / _GRID) for limit in (SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER))
+    guess = round(_estimated_root(excess) / _GRID)
+    index = _first_that_meets(meets, min(max(guess, smallest), largest), smallest, largest)
+    if index is None:
+        reachable = epsilon(make_events(LARGEST_NOISE_MULTIPLIER), delta)
+        raise CalibrationError(
+            f"epsilon {target_epsilon:g} at delta {delta:g} cannot be reached: even noise multiplier "
+            f"{LARGEST_NOISE_MULTIPLIER:g} spends {reachable:.4g}; aim above that, or take fewer steps, a "
+            "smaller expected batch size, a larger delta, or more noise in the one-shot releases"
+        )
+    return round(index * _GRID, 4)
+
+
+def _estimated_root(excess: Callable[..., float]) -> float:
+    """Multiplier at which the reference epsilon is about the target, from coarser grids only."""
+    low, high = math.log(SMALLEST_NOISE_MULTIPLIER), math.log(LARGEST_NOISE_MULTIPLIER)
+    start = 0.0
+    outward = math.log(1.5) if excess(start) > 0 else -math.log(1.5)
+    end = start + outward
+    while low < end < high and (excess(end) > 0) == (outward > 0):
+        start, end = end, end + outward
+    if not low < end < high:
+        return math.exp(min(max(end, low), high))
+    root = float(optimize.brentq(excess, start, end, xtol=3e-3))
+    here = excess(root)
+    rounding = (here - excess(root, 2.0)) * 63 / 60  # the error of an interval h is of the order of h^2
+    slope = (excess(root + 1e-3) - here) / 1e-3
+    return math.exp(root + (rounding - here) / slope)
+
+
+def _first_that_meets(meets: Callable[[int], bool], guess: int, smallest: int, largest: int) -> int | None:
+    """Smallest index in [smallest, largest] that meets a monotone condition, searched from a guess."""
+    step = 1
+    if meets(guess):
+        low, high = guess - step, guess
+        while low >= smallest and meets(low):
+            step *= 2
+            low, high = low - step, low
+        low = max(low, smallest - 1)
+    else:
+        low, high = guess, guess + step
+        while high <= largest and not meets(high):
+            step *= 2
+            low, high = high, high + step
+        if high > largest:
+            if not meets(largest):
+                return None
+            high = largest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class MembershipCeiling:
+    """Limits on any membership inference attack that the privacy curve implies (SPECIFICATION.md 9.5).
+
+    Attributes:
+        false_positive_rate: the rate the attacker allows.
+        true_positive_rate: largest rate of detected members at that rate.
+        advantage: largest true minus false positive rate at any rate.
+    """
+
+    false_positive_rate: float
+    true_positive_rate: float
+    advantage: float
+
+
+def membership_ceiling(events: Sequence[Event], false_positive_rate: float) -> MembershipCeiling:
+    """Ceiling on membership inference: min over e of e^e f + delta(e) and 1 - e^-e (1 - f - delta(e)).
+
+    Args:
+        events: the releases.
+        false_positive_rate: f, in [0, 1].
+    """
+    if not 0 <= false_positive_rate <= 1:
+        raise ValueError(f"false_positive_rate must lie in [0, 1], not {false_positive_rate}")
+    distribution = compose(events)
+    epsilons = np.linspace(0.0, 20.0, 4001)
+    deltas = np.asarray(distribution.get_delta_for_epsilon(epsilons))
+    direct = np.exp(epsilons) * false_positive_rate + deltas
+    mirrored = 1 - np.exp(-epsilons) * (1 - false_positive_rate - deltas)
+    rate = min(1.0, float(direct.min()), float(mirrored.min()))
+    return MembershipCeiling(false_positive_rate, rate, float(deltas[0]))

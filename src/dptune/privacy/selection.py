@@ -1,0 +1,202 @@
+"""What a whole sweep costs: all runs released, or only the best of a random number (SPECIFICATION.md 8).
+
+The epsilon of one run says nothing about the choice among several runs on the same private data. The
+sentences that may be written under a table are built here, from the plans of the runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+
+from dptune.privacy import accounting
+from dptune.privacy.events import Event, PlanError
+from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.renyi import ORDERS, delta_at, optimum, renyi_curve
+from dptune.privacy.streams import KeyRing, Purpose
+
+Rule = Literal["all", "best_of_grid", "best_of_random", "per_run"]
+
+
+def epsilon_all(runs: Sequence[Sequence[Event]], delta: float) -> float:
+    """Epsilon at ``delta`` of releasing every run: the reference accountant over all their events together.
+
+    Seeds and repeats on the same private data count as runs.
+    """
+    return accounting.epsilon([event for run in runs for event in run], delta)
+
+
+def epsilon_basic(runs: Sequence[Sequence[Event]], delta: float) -> float:
+    """Epsilon of the same by adding up each run's own at delta/len(runs): the naive cost of a grid."""
+    return sum(accounting.epsilon(run, delta / len(runs)) for run in runs)
+
+
+@dataclass(frozen=True)
+class Repetitions:
+    """Distribution of the secret number K of runs of which only the best is released.
+
+    K is drawn independently of the data and never revealed, nor are the total time and the losing runs; each
+    run draws its config independently from a public prior (Papernot & Steinke 2022, arXiv:2110.03620).
+
+    Attributes:
+        mean: expected number of runs, above 1 (Poisson: above 0).
+        eta: shape, above -1, of the truncated negative binomial; 1 geometric, 0 logarithmic, ``math.inf``
+            Poisson. A Poisson K can be 0: then the base model is released.
+    """
+
+    mean: float
+    eta: float
+
+    def __post_init__(self) -> None:
+        if not self.eta > -1:
+            raise PlanError(f"eta must be above -1 (0 logarithmic, 1 geometric, inf Poisson), not {self.eta}")
+        if not (math.isfinite(self.mean) and self.mean > (0 if self.eta == math.inf else 1)):
+            raise PlanError(f"the mean number of runs must be finite and above 1 (Poisson: 0), not {self.mean}")
+
+    @property
+    def gamma(self) -> float:
+        """Parameter gamma of the truncated negative binomial with this mean; none for Poisson."""
+        if self.eta == math.inf:
+            raise PlanError("the Poisson distribution has no gamma")
+
+        def excess(log_gamma: float) -> float:
+            # With x = ln(1/gamma), E[K] = eta (e^x - 1) / (1 - e^(-eta x)), and (e^x - 1) / x for eta = 0.
+            x = -log_gamma
+            scale = 1 / x if self.eta == 0 else self.eta / -math.expm1(-self.eta * x)
+            return math.log(math.expm1(x) * scale / self.mean)
+
+        return math.exp(optimize.brentq(excess, -200.0, -1e-9, xtol=1e-15, rtol=1e-15))
+
+    def probabilities(self) -> Iterator[tuple[int, float]]:
+        """Every possible K with its probability, ascending."""
+        if self.eta == math.inf:
+            probability = math.exp(-self.mean)
+            for k in itertools.count():
+                yield k, probability
+                probability *= self.mean / (k + 1)
+        gamma = self.gamma
+        scale = 1 / -math.log(gamma) if self.eta == 0 else self.eta / (gamma**-self.eta - 1)
+        probability = (1 - gamma) * scale
+        for k in itertools.count(1):
+            yield k, probability
+            probability *= (1 - gamma) * (k + self.eta) / (k + 1)
+
+    def quantile(self, level: float) -> int:
+        """Smallest k with P(K <= k) >= ``level``, which lies in (0, 1)."""
+        total = 0.0
+        for k, probability in self.probabilities():
+            total += probability
+            # Beyond the mean, a term that no longer changes the sum means that rounding has eaten the tail.
+            if total >= level or (k > self.mean and total + probability == total):
+                return k
+        raise AssertionError("the probabilities do not end")
+
+    def draw(self, keys: KeyRing) -> int:
+        """Draw K; it must stay secret, and is drawn once per sweep."""
+        return self.quantile(float(keys.stream(Purpose.SWEEP_K).uniform(1)[0]))
+
+    def renyi_curve(self, run: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Rényi curve at ``ORDERS`` of releasing the best run, from that of one run.
+
+        Papernot & Steinke 2022, Theorems 2 (truncated negative binomial) and 6 (Poisson).
+        """
+        orders = np.array(ORDERS)
+        if self.eta == math.inf:
+            deltas = np.array([delta_at(run, math.log1p(1 / (order - 1))) for order in ORDERS])
+            return run + self.mean * deltas + math.log(self.mean) / (orders - 1)
+        spread = -math.log(self.gamma)
+        hat = float(np.min((1 - 1 / orders) * run + spread / orders))
+        return run + (1 + self.eta) * min(hat, spread) + math.log(self.mean) / (orders - 1)
+
+
+def epsilon_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions, delta: float) -> float:
+    """Epsilon at ``delta`` of releasing only the best of K runs, by Rényi DP.
+
+    Args:
+        candidates: events of every config that the prior can draw; the curve is the largest at each order.
+        repetitions: distribution of K.
+        delta: target delta.
+    """
+    curve = np.max([renyi_curve(events) for events in candidates], axis=0)
+    return optimum(repetitions.renyi_curve(curve), delta)[0]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What may be said about a sweep.
+
+    Attributes:
+        text: one sentence for a table's foot.
+        epsilon: of the procedure; None if only single runs are covered.
+        delta: of the procedure.
+        largest_run: largest epsilon of a single run at its own delta.
+        excludes_tuning: True if the choice among the runs is not paid for.
+    """
+
+    text: str
+    epsilon: float | None
+    delta: float
+    largest_run: float
+    excludes_tuning: bool
+
+
+def statement(
+    plans: Sequence[PrivacyPlan],
+    rule: Rule,
+    *,
+    delta: float | None = None,
+    repetitions: Repetitions | None = None,
+    score_is_covered: bool = False,
+) -> Statement:
+    """The sentence that may be written about the runs of a sweep on the same private data.
+
+    Args:
+        plans: one per executed run, seeds and repeats included; for ``best_of_random`` one per config that
+            the prior can draw.
+        rule: ``all``: every run or metric is released. ``best_of_grid``: the best of a fixed set of runs,
+            which costs what releasing all of them costs. ``best_of_random``: the best of a secret, random
+            number of runs. ``per_run``: the choice is not accounted for.
+        delta: of the procedure; by default the smallest of the plans.
+        repetitions: distribution of the number of runs, for ``best_of_random``.
+        score_is_covered: the score that selects is public, or noised inside each run's budget.
+
+    Raises:
+        PlanError: if no such sentence would be true.
+    """
+    if not plans:
+        raise PlanError("a statement needs at least one plan")
+    if len({plan.unit for plan in plans}) > 1:
+        raise PlanError("runs with different privacy units have no common epsilon: state them apart")
+    target = min(plan.delta for plan in plans) if delta is None else delta
+    largest = max(plan.epsilon() for plan in plans)
+    at = f"delta = {target:g}, unit {plans[0].unit}"
+    if rule == "per_run":
+        text = f"Epsilon is per run ({largest:.3g} at most) and excludes tuning: the choice is not paid for."
+        return Statement(text, None, target, largest, excludes_tuning=True)
+    if not all(plan.private for plan in plans):
+        raise PlanError("a sweep with a non-private run on the same data has no epsilon: leave that run out")
+    runs = [plan.events() for plan in plans]
+    if rule in ("all", "best_of_grid"):
+        epsilon = epsilon_all(runs, target)
+        what = "releasing all" if rule == "all" else "choosing the best of a fixed set of"
+        text = f"Epsilon of {what} {len(plans)} runs together is {epsilon:.3f} ({at}, PLD)."
+    elif rule == "best_of_random":
+        if repetitions is None:
+            raise PlanError("best_of_random needs repetitions: the distribution of the secret number of runs")
+        if not score_is_covered:
+            raise PlanError("best_of_random needs a score on public data, or one noised inside the budget")
+        epsilon = epsilon_best(runs, repetitions, target)
+        text = (
+            "Epsilon of releasing the best of a random, secret number of runs"
+            f" (mean {repetitions.mean:g}) is {epsilon:.3f} ({at}, RDP)."
+        )
+    else:
+        raise PlanError(f"rule must be all, best_of_grid, best_of_random or per_run, not {rule!r}")
+    return Statement(text, epsilon, target, largest, excludes_tuning=False)

@@ -1,0 +1,141 @@
+"""The privacy of choosing among runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from dptune.privacy import selection
+from dptune.privacy.accounting import Event, epsilon
+from dptune.privacy.events import PlanError
+from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.renyi import epsilon_rdp
+from dptune.privacy.selection import Repetitions, epsilon_all, epsilon_basic, epsilon_best, statement
+from dptune.privacy.streams import KeyRing
+
+RUN = [Event(1.0, 0.0256, 200)]
+DELTA = 1e-5
+
+
+def plan(noise_multiplier: float = 1.0, **changes: object) -> PrivacyPlan:
+    fields = {
+        "num_units": 10_000,
+        "expected_batch_size": 256,
+        "steps": 200,
+        "delta": DELTA,
+        "noise_multiplier": noise_multiplier,
+        "max_grad_norm": 1.0,
+    }
+    return PrivacyPlan(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("eta", [-0.5, 0.0, 0.5, 1.0, 3.0, math.inf])
+def test_repetitions_have_their_mean_and_sum_to_one(eta: float) -> None:
+    terms = list(itertools.islice(Repetitions(8.0, eta).probabilities(), 20_000))
+    assert sum(p for _, p in terms) == pytest.approx(1.0, abs=1e-9)
+    assert sum(k * p for k, p in terms) == pytest.approx(8.0, rel=1e-6)
+
+
+def test_geometric_repetitions_stop_with_one_over_the_mean() -> None:
+    assert Repetitions(10.0, 1.0).gamma == pytest.approx(0.1)
+    with pytest.raises(PlanError, match="gamma"):
+        _ = Repetitions(10.0, math.inf).gamma
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0, math.inf])
+def test_draws_follow_the_distribution(eta: float) -> None:
+    repetitions = Repetitions(6.0, eta)
+    draws = np.array([repetitions.draw(KeyRing.reproducible(seed, "sweep")) for seed in range(2_000)])
+    for k, p in itertools.islice(repetitions.probabilities(), 4):
+        assert abs(np.mean(draws == k) - p) < 4 * math.sqrt(p * (1 - p) / draws.size)
+    assert abs(draws.mean() - 6.0) < 4 * draws.std() / math.sqrt(draws.size)
+
+
+def test_the_draw_belongs_to_the_sweep() -> None:
+    keys = KeyRing.reproducible(1, "sweep")
+    assert Repetitions(30.0, 0.0).draw(keys) == Repetitions(30.0, 0.0).draw(keys)
+
+
+@pytest.mark.parametrize(("mean", "eta"), [(1.0, 1.0), (0.5, 0.0), (5.0, -1.0), (math.inf, 1.0), (0.0, math.inf)])
+def test_impossible_repetitions_are_refused(mean: float, eta: float) -> None:
+    with pytest.raises(PlanError):
+        Repetitions(mean, eta)
+
+
+def test_different_runs_compose_over_their_own_events() -> None:
+    other = [Event(2.0, 0.01, 500)]
+    both = epsilon_all([RUN, other], DELTA)
+    assert both == epsilon([*other, *RUN], DELTA)
+    assert max(epsilon(RUN, DELTA), epsilon(other, DELTA)) < both < epsilon_basic([RUN, other], DELTA)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, math.inf])
+def test_selection_costs_more_than_a_run_and_grows_with_the_mean(eta: float) -> None:
+    costs = [epsilon_best([RUN], Repetitions(mean, eta), DELTA) for mean in (3.0, 10.0, 30.0)]
+    assert epsilon_rdp(RUN, DELTA) < costs[0] < costs[1] < costs[2]
+
+
+def test_selection_pays_for_the_worst_candidate() -> None:
+    repetitions = Repetitions(5.0, 0.0)
+    strong = [Event(2.0, 0.0256, 200)]
+    assert epsilon_best([strong, RUN], repetitions, DELTA) == epsilon_best([RUN], repetitions, DELTA)
+
+
+def test_releasing_few_runs_is_cheaper_than_hiding_them() -> None:
+    """The crossing of the two rules: three runs against six, at the same expected number."""
+    assert epsilon_all([RUN] * 3, DELTA) < epsilon_best([RUN], Repetitions(3.0, 0.0), DELTA) + 0.5
+    assert epsilon_all([RUN] * 12, DELTA) > epsilon_best([RUN], Repetitions(12.0, 0.0), DELTA)
+
+
+def test_statement_of_releasing_everything() -> None:
+    found = statement([plan(), plan(2.0)], "all")
+    assert found.epsilon == epsilon_all([plan().events(), plan(2.0).events()], DELTA)
+    assert "2 runs" in found.text and f"{found.epsilon:.3f}" in found.text and "1e-05" in found.text
+    assert not found.excludes_tuning and found.largest_run == plan().epsilon()
+
+
+def test_the_best_of_a_fixed_grid_costs_the_whole_grid() -> None:
+    plans = [plan(), plan(1.2), plan(2.0)]
+    assert statement(plans, "best_of_grid").epsilon == statement(plans, "all").epsilon
+
+
+def test_statement_of_a_random_number_of_runs_hides_it() -> None:
+    repetitions = Repetitions(10.0, 0.0)
+    found = statement([plan()] * 7, "best_of_random", repetitions=repetitions, score_is_covered=True)
+    assert found.epsilon == epsilon_best([RUN], repetitions, DELTA)
+    assert "7" not in found.text.split("is")[0]
+
+
+def test_statement_per_run_says_that_tuning_is_not_paid_for() -> None:
+    found = statement([plan(), plan(2.0)], "per_run")
+    assert found.epsilon is None and found.excludes_tuning and "excludes tuning" in found.text
+
+
+def test_delta_of_the_procedure_can_be_given() -> None:
+    assert statement([plan()], "all", delta=1e-6).epsilon == epsilon(RUN, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("plans", "rule", "arguments", "message"),
+    [
+        ([], "all", {}, "at least one"),
+        ([plan(), plan(unit="user_uls", examples_per_user=2)], "all", {}, "units"),
+        (
+            [plan(), PrivacyPlan.non_private(num_units=10, expected_batch_size=1, steps=1)],
+            "all",
+            {},
+            "non-private",
+        ),
+        ([plan()], "best_of_random", {"score_is_covered": True}, "repetitions"),
+        ([plan()], "best_of_random", {"repetitions": Repetitions(5.0, 0.0)}, "score"),
+        ([plan()], "best", {}, "rule"),
+    ],
+)
+def test_untrue_statements_are_refused(
+    plans: list[PrivacyPlan], rule: selection.Rule, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        statement(plans, rule, **arguments)  # type: ignore[arg-type]
