@@ -386,7 +386,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter in PEFT format; a half-written folder is never seen."""
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        model.save_pretrained(str(draft), safe_serialization=True)
+        # Without embeddings to save there is nothing that PEFT would ask the Hub about.
+        model.save_pretrained(str(draft), safe_serialization=True, save_embedding_layers=False)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(draft, folder)

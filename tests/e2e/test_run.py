@@ -77,6 +77,8 @@ def test_the_saved_adapter_gives_the_recorded_accuracy(config: Config, model_fol
     assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
     assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
     assert record.metrics.response_perplexity != pytest.approx(record.zero_shot.response_perplexity, rel=1e-2)
+    published = "".join(path.read_text() for path in (folder / "adapter").iterdir() if path.suffix != ".safetensors")
+    assert str(model_folder.parent) not in published
     saved = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     assert [item["correct"] for item in saved] == [item.correct for item in found]
 

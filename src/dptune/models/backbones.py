@@ -64,6 +64,8 @@ def _read(folder: Path, precision: str) -> Backbone:
         raise ConfigError(f"model.path={folder}: the tokenizer has no end-of-sequence token; set one in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # An adapter is made to be passed on: PEFT writes this name into it, and it must not be a path of this machine.
+    model.name_or_path = model.config._name_or_path = folder.name
     model.requires_grad_(False).eval()
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,0 +1,50 @@
+"""What the README tells a stranger to type exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from dptune.sweep import ROOT, load
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.removeprefix("$ ").split("  #")[0] for line in README.splitlines() if line.startswith("$ ")]
+DPTUNE = [shlex.split(line)[1:] for line in COMMANDS if line.startswith(".venv/bin/dptune")]
+MAKE = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("make")]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(DPTUNE) >= 5 and len(MAKE) >= 2
+
+
+@pytest.mark.parametrize("arguments", DPTUNE, ids=" ".join)
+def test_a_dptune_command_composes(arguments: list[str]) -> None:
+    if arguments[:1] == ["table"]:
+        assert load(arguments[1])
+        return
+    overrides = [re.sub(r"=([^=,]+),.*", r"=\1", item) for item in arguments if "=" in item]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("config", overrides)
+
+
+@pytest.mark.parametrize("arguments", MAKE, ids=" ".join)
+def test_a_make_command_has_its_target_and_variables(arguments: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        assert re.search(rf"^{name}\s*(:|\?=)", makefile, re.MULTILINE)
+        if name == "SWEEP":
+            assert load(value)
+
+
+def test_links_lead_to_files() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_files_of_the_repository_hold_no_path_of_a_machine() -> None:
+    pattern = re.compile(r"/(home|root|Users|work)/")
+    for path in [*Path(ROOT, "conf").rglob("*.yaml"), *Path(ROOT, "sweeps").rglob("*.yaml"), ROOT / "Makefile"]:
+        assert not pattern.search(path.read_text(encoding="utf-8")), path
