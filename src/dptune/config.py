@@ -195,8 +195,8 @@ class EnvironmentConfig:
     """Number format of the frozen backbone; adapters, norms and sums keep theirs."""
     sequence_length: int = _number(96, least=8)
     """Longest example in tokens; the prompt is cut from the left, a public rule."""
-    engine: str = _one_of("opacus", "loop")
-    """How per-example gradients are computed: Opacus hooks, or one backward pass an example."""
+    engine: str = _one_of("opacus", "hooks", "loop")
+    """How per-example gradients are computed: Opacus, our own hooks, or one backward pass an example."""
 
 
 @dataclass

@@ -5,7 +5,7 @@ from conftest import tiny_llama
 from dptune.config import AdapterConfig
 from dptune.data.encoding import collate, encode, example_losses, prompt
 from dptune.models import adapters
-from dptune.privacy.gradients import ENGINES, EngineError, LoopEngine, OpacusEngine
+from dptune.privacy.gradients import ENGINES, EngineError, HookEngine, LoopEngine, OpacusEngine
 
 PAIRS = [
     (prompt("which team ?", "reset my code"), "support"),
@@ -51,9 +51,10 @@ def test_engines_equal_plain_backward_passes(engine: str, adapter: str, tokenize
             torch.testing.assert_close(gradient[index], row[name], atol=1e-6, rtol=1e-4)
 
 
-def test_changing_one_record_changes_only_its_row(tokenizer) -> None:
+@pytest.mark.parametrize("engine", [OpacusEngine, HookEngine])
+def test_changing_one_record_changes_only_its_row(engine, tokenizer) -> None:
     model = adapted()
-    engine = OpacusEngine(model, example_losses)
+    engine = engine(model, example_losses)
     rows = encode(PAIRS, tokenizer, 64)
     _, before = engine(collate(rows, pad=0))
     rows[1] = encode([("something else", "kim")], tokenizer, 64)[0]
@@ -64,9 +65,10 @@ def test_changing_one_record_changes_only_its_row(tokenizer) -> None:
         assert not torch.allclose(before[name][1], after[name][1])
 
 
-def test_the_engine_leaves_nothing_behind(tokenizer) -> None:
+@pytest.mark.parametrize("engine", [OpacusEngine, HookEngine])
+def test_the_engine_leaves_nothing_behind(engine, tokenizer) -> None:
     model = adapted()
-    engine = OpacusEngine(model, example_losses)
+    engine = engine(model, example_losses)
     engine(batch(tokenizer))
     engine.close()
     for parameter in model.parameters():
@@ -92,8 +94,9 @@ def test_what_opacus_cannot_do_is_an_error_not_a_wrong_gradient() -> None:
         return model(rows["x"]).squeeze(1) ** 2
 
     rows = {"x": torch.ones(4, 3, requires_grad=True)}
-    with pytest.raises(EngineError, match="shift"):
-        OpacusEngine(Shifted(), loss)(rows)
+    for engine in (OpacusEngine, HookEngine):
+        with pytest.raises(EngineError, match="shift"):
+            engine(Shifted(), loss)(rows)
     _, gradients = LoopEngine(Shifted(), loss)(rows)
     assert gradients["shift.a"].shape == (4, 1)
 
@@ -125,3 +128,49 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_stream_alone
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_hooks_are_exact_under_gradient_checkpointing(reentrant: bool, tokenizer) -> None:
+    expected = LoopEngine(adapted(), example_losses)(batch(tokenizer))[1]
+    model = adapted()
+    model.get_base_model().train()
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = HookEngine(model, example_losses)(batch(tokenizer))[1]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_hooks_are_exact_for_a_shared_layer_and_for_biases() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(torch.tanh(self.linear(x)))
+
+    def loss(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(rows["x"]).square().sum(dim=(1, 2))
+
+    torch.manual_seed(0)
+    model, rows = Twice(), {"x": torch.randn(5, 4, 3)}
+    expected = LoopEngine(model, loss)(rows)[1]
+    found = HookEngine(model, loss)(rows)[1]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_hooks_refuse_a_layer_that_does_not_see_every_row() -> None:
+    class Halved(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x[: len(x) // 2]).repeat(2, 1)
+
+    rows = {"x": torch.ones(4, 3)}
+    with pytest.raises(EngineError, match="linear"):
+        HookEngine(Halved(), lambda model, batch: model(batch["x"]).squeeze(1))(rows)

@@ -101,7 +101,71 @@ class OpacusEngine:
         self.wrapped.to_standard_module()
 
 
+class HookEngine:
+    """Our own hooks on linear layers: one backward pass, g_i = (grad of the output)^T (input) of each example.
+
+    The hook hangs on the output tensor and keeps the input in its closure, so that it also works when the forward pass
+    is done again for gradient checkpointing. A layer that is used several times adds up.
+    """
+
+    def __init__(self, model: torch.nn.Module, loss: LossFunction) -> None:
+        """Raises EngineError, naming the parameter, when one is trained that is not of a linear layer."""
+        self.model, self.loss = model, loss
+        self.parameters = _trained(model)
+        self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
+        covered: set[torch.nn.Parameter] = set()
+        self._handles = []
+        for module in model.modules():
+            own = [value for value in module.parameters(recurse=False) if value.requires_grad]
+            if isinstance(module, torch.nn.Linear) and own:
+                covered.update(own)
+                self._handles.append(module.register_forward_hook(self._watch))
+        if lacking := [name for name, value in self.parameters.items() if value not in covered]:
+            self.close()
+            raise EngineError(f"{lacking[0]} is not of a linear layer: set environment.engine=opacus or loop")
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, Gradients]:
+        """Losses [b] and gradients [b, *shape] of a physical batch."""
+        losses = self.loss(self.model, batch)
+        try:
+            torch.autograd.backward(losses.sum())
+            rows = _rows(batch)
+            gradients = {
+                name: self._sums.get(value, value.new_zeros(rows, *value.shape))
+                for name, value in self.parameters.items()
+            }
+        finally:
+            self._sums = {}
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        if wrong := [name for name, value in gradients.items() if len(value) != rows]:
+            raise EngineError(f"{wrong[0]} is not used once for each row: set environment.engine=loop")
+        return losses.detach(), gradients
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if output.requires_grad:
+            x = inputs[0].detach()
+            output.register_hook(lambda grad: self._collect(module, x, grad))  # type: ignore[no-untyped-call]
+
+    def _collect(self, module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
+        grad = grad.detach().reshape(len(grad), -1, grad.shape[-1])
+        if isinstance(weight := module.weight, torch.nn.Parameter) and weight.requires_grad:
+            self._add(weight, grad.mT @ x.reshape(len(x), -1, x.shape[-1]).to(grad.dtype))
+        if isinstance(bias := module.bias, torch.nn.Parameter) and bias.requires_grad:
+            self._add(bias, grad.sum(dim=1))
+
+    def _add(self, parameter: torch.nn.Parameter, rows: torch.Tensor) -> None:
+        before = self._sums.get(parameter)
+        self._sums[parameter] = rows if before is None else before + rows
+
+
 ENGINES: dict[str, Callable[[torch.nn.Module, LossFunction], Engine]] = {
+    "hooks": HookEngine,
     "opacus": OpacusEngine,
     "loop": LoopEngine,
 }
