@@ -7,13 +7,16 @@ so that a wrong config fails before anything heavy is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -306,12 +309,15 @@ def unknown_key(key: str) -> str:
 def run_id(config: Config) -> str:
     """Twelve hexadecimal digits that name a run: a hash of everything that can change its numbers.
 
-    Defaults are hashed too. A data file or a model folder counts by its content, not by where it lies.
+    Defaults are hashed too. A data file or a model folder counts by its content, not by where it lies. A data file's
+    hash is keyed by `local_key`, so that a published id tells nothing about the file.
     """
     identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
-    for part in ("model", "data"):
-        if identity[part]["path"] is not None:
-            identity[part]["path"] = _content_hash(Path(identity[part]["path"]))
+    if config.model.path is not None:
+        identity["model"]["path"] = _content_hash(Path(config.model.path))
+    if config.data.path is not None:
+        content = _content_hash(Path(config.data.path))
+        identity["data"]["path"] = keyed_hash(local_key(Path(config.compute.output_root)), [content])
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -321,6 +327,34 @@ def noise_mode(config: Config) -> Literal["reproducible", "secure"]:
     if config.privacy.noise_mode == "auto":
         return "reproducible" if config.data.path is None else "secure"
     return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
+
+
+def local_key(output_root: Path) -> bytes:
+    """32 secret bytes that stay beside the runs, made at first use.
+
+    A plain hash of private records is an exact function of them: whoever knows all records but one could test guesses
+    of that one. What is published therefore carries hashes under this key.
+    """
+    path = output_root / ".fingerprint-key"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        output_root.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.touch(mode=0o600)
+        draft.write_bytes(secrets.token_bytes(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)  # Of two processes the first wins, and both read its key.
+        draft.unlink()
+        return path.read_bytes()
+
+
+def keyed_hash(key: bytes, parts: Iterable[str]) -> str:
+    """Sixteen hexadecimal digits of some texts; an empty key makes a plain hash."""
+    digest = hashlib.blake2b(key=key, digest_size=8)
+    for part in parts:
+        digest.update(f"{len(part)} {part}".encode())
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:
@@ -377,6 +411,11 @@ def _check_together(config: Config) -> None:
     elif (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
         raise ConfigError(
             "give exactly one of privacy.target_epsilon and privacy.noise_multiplier (set the other to null)"
+        )
+    if privacy.enabled and config.environment.precision != "float32":
+        raise ConfigError(
+            f"environment.precision={config.environment.precision} with privacy: one example's rounding would depend on"
+            " its batch mates by more than the clipping margin; use environment.precision=float32, or privacy=none"
         )
     if privacy.unit != "example" and privacy.examples_per_user is None:
         raise ConfigError(

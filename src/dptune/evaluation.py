@@ -30,8 +30,8 @@ class Judgement:
     correct: bool
     loss: float
     """Mean negative log-likelihood of the right response's tokens."""
-    unseen: bool
-    """The input does not occur in the training split."""
+    unseen: bool | None
+    """The input does not occur in the training split; None where that must not be told."""
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def judge(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    seen_inputs: Collection[str],
+    seen_inputs: Collection[str] | None,
     *,
     sequence_length: int,
     batch_size: int,
@@ -50,7 +50,8 @@ def judge(
         model: causal language model in evaluation mode.
         tokenizer: its tokenizer.
         examples: what to judge on.
-        seen_inputs: inputs of the training split.
+        seen_inputs: inputs of the training split; None when they are private, because telling which test inputs
+            occur among them would tell about single training records.
         sequence_length: longest example in tokens.
         batch_size: sequences in one forward pass.
     """
@@ -85,7 +86,7 @@ def judge(
             task=example.task,
             correct=is_correct(answers[index], example),
             loss=losses[index],
-            unseen=example.input not in seen_inputs,
+            unseen=None if seen_inputs is None else example.input not in seen_inputs,
         )
         for index, example in enumerate(examples)
     ]
@@ -153,7 +154,7 @@ def summarise(judgements: Sequence[Judgement]) -> Metrics:
         accuracy_unseen=statistics.fmean(_accuracy_by_task(unseen).values()) if unseen else None,
         response_perplexity=math.exp(min(statistics.fmean(item.loss for item in judgements), 700.0)),
         n=len(judgements),
-        n_unseen=len(unseen),
+        n_unseen=None if judgements[0].unseen is None else len(unseen),
         n_by_task=counts,
     )
 

@@ -45,13 +45,14 @@ class Metrics:
     spread_over_tasks: float
     """Standard deviation of the accuracies over tasks (lower is better)."""
     accuracy_unseen: float | None
-    """Macro accuracy on test inputs that do not occur in the training split; null when there are none."""
+    """Macro accuracy on test inputs that do not occur in the training split; null when there are none, and for private
+    data, about whose single records it would tell."""
     response_perplexity: float
     """exp of the mean over examples of their loss (lower is better)."""
     n: int
     """Number of test examples."""
-    n_unseen: int
-    """Number of test examples whose input does not occur in the training split."""
+    n_unseen: int | None
+    """Number of test examples whose input does not occur in the training split; null for private data."""
     n_by_task: dict[str, int]
     """Number of test examples of each task."""
 
@@ -117,7 +118,7 @@ class Parameters:
 
 @dataclass
 class Cost:
-    """What the run cost."""
+    """What the run cost. Times depend a little on the batches that were drawn: not to be published of private data."""
 
     seconds: float
     """Wall-clock seconds of the run, without imports."""

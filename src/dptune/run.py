@@ -33,6 +33,7 @@ from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
+from dptune.privacy.accounting import rounded_up
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.gradients import ENGINES
 from dptune.privacy.ledger import WriteAheadLedger
@@ -228,14 +229,14 @@ def execute(
             model,
             tokenizer,
             data.test,
-            {example.input for example in data.train},
+            {example.input for example in data.train} if data.public or not plan.private else None,
             sequence_length=sequence_length,
             batch_size=config.compute.evaluation_batch_size,
         )
         adapters.set_modes(model)
         return judgements
 
-    floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length)
+    floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length, data.public or not plan.private)
     if floor not in _zero_shot:
         # A fresh adapter changes nothing, so that this is the backbone's own accuracy.
         _zero_shot[floor] = evaluation.summarise(measure())
@@ -301,7 +302,7 @@ def execute(
     log(summary(record))
 
 
-_zero_shot: dict[tuple[str, str, int], Metrics] = {}
+_zero_shot: dict[tuple[str, str, int, bool], Metrics] = {}
 
 
 def epsilon_marks(plan: PrivacyPlan) -> dict[int, float]:
@@ -325,7 +326,7 @@ def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | Non
     rate = step.step * plan.expected_batch_size / step.seconds
     left = step.seconds / step.step * (plan.steps - step.step)
     target = f" of {config.privacy.target_epsilon:g}" if config.privacy.target_epsilon else ""
-    spent = "not private" if epsilon is None else f"epsilon {epsilon:.3f}{target}"
+    spent = "not private" if epsilon is None else f"epsilon {rounded_up(epsilon):.3f}{target}"
     return f"step {step.step}/{plan.steps}  {rate:.0f} examples/s  {spent}  {left:.0f} s left"
 
 
@@ -337,7 +338,7 @@ def summary(record: RunRecord) -> str:
         spent = "not private"
     else:
         target = f"/{privacy.target_epsilon:g}" if privacy.target_epsilon else ""
-        spent = f"epsilon {privacy.epsilon:.3f}{target} at delta {privacy.delta:g}"
+        spent = f"epsilon {rounded_up(privacy.epsilon):.3f}{target} at delta {privacy.delta:g}"
     return (
         f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent}  "
         f"{parameters.trainable:,} of {parameters.total:,} parameters trained  {record.cost.seconds:.1f} s"
@@ -351,7 +352,7 @@ def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
         "learning_rate": step.learning_rate,
         "epsilon": epsilon,
         "noise_multiplier": step.effective_noise_multiplier,
-        "seconds": round(step.seconds, 3),
+        "NON_PRIVATE/seconds": round(step.seconds, 3),
         **{f"noise_std/{group}": value for group, value in step.noise_std.items()},
         **{key: value if math.isfinite(value) else None for key, value in step.telemetry.items()},
     }

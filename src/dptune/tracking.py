@@ -69,6 +69,8 @@ class WandbTracker:
         content = dataclasses.asdict(record)
         summary: dict[str, Any] = {"status": record.status}
         for part, names in SUMMARY.items():
+            if part == "cost" and not (self.allow_private or record.privacy is None or record.privacy.stand_in):
+                continue  # How long steps take depends on the batches that were really drawn.
             summary |= {f"{part}/{name}": (content[part] or {}).get(name) for name in names}
         if record.parameters is not None:
             summary["parameters/fraction"] = record.parameters.fraction

@@ -277,3 +277,24 @@ def test_every_way_of_sharing_clip_and_noise_keeps_the_target(config: Config, se
         assert row["noise_multiplier"] == pytest.approx(sigma, rel=1e-6)
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert [row["noise_multiplier"] for row in ledger] == planned.tolist() and privacy.attempts == 1
+
+
+def test_a_record_of_private_data_tells_nothing_about_single_records(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"instruction": "say", "input": f"message {index}", "output": "yes"} for index in range(60)]
+    splits = ["train"] * 50 + ["test"] * 10
+    path.write_text(
+        "".join(json.dumps({**row, "split": split}) + "\n" for row, split in zip(rows, splits, strict=True))
+    )
+    config.data.name, config.data.path, config.data.train_size = "jsonl", str(path), None
+    record = run.run(config)
+    folder = Path(config.compute.output_root) / record.run_id
+    assert record.status == "done" and record.privacy is not None and record.metrics is not None
+    assert record.privacy.noise_mode == "secure" and not record.privacy.stand_in
+    assert record.metrics.n_unseen is None and record.zero_shot is not None and record.zero_shot.n_unseen is None
+    judged = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    assert {row["unseen"] for row in judged} == {None}
+    assert "message" not in (folder / "record.json").read_text()
+    # Names are hashes under a key that stays beside the runs.
+    (Path(config.compute.output_root) / ".fingerprint-key").write_bytes(bytes(32))
+    assert run_id(config) != record.run_id and load(config).fingerprint != record.provenance["data"]

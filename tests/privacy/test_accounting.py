@@ -279,3 +279,24 @@ def test_simulated_transcripts_stay_below_the_reference() -> None:
         assert sample.mean() - 4 * sample.std() / math.sqrt(sample.size) < bound
     largest = max(deltas, key=np.mean)
     assert largest.mean() == pytest.approx(bound, abs=4 * largest.std() / math.sqrt(largest.size))
+
+
+def test_epsilon_for_people_is_rounded_up() -> None:
+    from dptune.privacy.accounting import rounded_up
+
+    assert rounded_up(2.3839) == 2.384 and rounded_up(2.3841) == 2.385
+    assert rounded_up(math.inf) == math.inf
+
+
+def test_a_delta_that_rounding_could_hide_is_refused() -> None:
+    from dptune.privacy import accounting
+
+    with pytest.raises(ValueError, match="delta must lie in"):
+        accounting.epsilon([Event(1.0, 0.01, 10)], 1e-9)
+    assert accounting.delta([Event(10.0, 0.01, 1)], 50.0) == 1e-9
+
+
+def test_a_plain_gaussian_with_hardly_any_noise_is_accounted_for() -> None:
+    from dptune.privacy import accounting
+
+    assert accounting.epsilon([Event(0.1, 1.0)], 1e-5) > 50

@@ -473,3 +473,19 @@ def test_an_empty_sum_adds_to_any_batch():
     mechanism.accumulate(batch_of(3))
     total = mechanism._sum
     assert torch.equal((ClippedSum.empty(GROUPS, total.sensitivity) + total).values, total.values)
+
+
+def test_going_back_to_an_earlier_step_is_refused() -> None:
+    """The same step with another batch would draw the same noise, which cancels in the difference."""
+    mechanism = Mechanism(plan_of(), GROUPS, KEYS)
+    before = mechanism.state_dict()
+    mechanism.accumulate(batch_of(3))
+    mechanism.release(0)
+    with pytest.raises(ValueError, match="going back would draw the same noise"):
+        mechanism.load_state_dict(before)
+
+
+def test_users_are_not_reduced_over_ranks() -> None:
+    mechanism = Mechanism(plan_of(unit="user_uls", examples_per_user=2), GROUPS, KEYS)
+    with pytest.raises(ValueError, match="two ranks"):
+        mechanism.release(0, all_reduce=lambda values: values)

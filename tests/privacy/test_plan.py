@@ -123,7 +123,7 @@ PLANS = [
         allocation=Allocation("joint", "adam", 0.9, 0.01),
         quantile=QuantileTracking(),
         schedule=Schedule("cosine", 0.4, 10),
-        one_shot=(Event(10.0, 1.0),),
+        one_shot=(Event(10.0, 1.0, 1, 4),),
         noise_mode="secure",
     ),
 ]
@@ -258,3 +258,10 @@ def test_data_without_the_plans_units_are_refused(
 def test_the_plan_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan().steps = 3  # type: ignore[misc]
+
+
+def test_one_shot_releases_count_the_same_unit_as_the_steps() -> None:
+    with pytest.raises(PlanError, match="count 4 records of a unit"):
+        plan(unit="user_els", examples_per_user=4, one_shot=(Event(10.0, 1.0),))
+    with pytest.raises(PlanError, match="bound records, not users"):
+        plan(unit="user_uls", examples_per_user=4, one_shot=(Event(10.0, 1.0),))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dptune.privacy import selection
-from dptune.privacy.accounting import Event, epsilon
+from dptune.privacy.accounting import Event, epsilon, rounded_up
 from dptune.privacy.events import PlanError
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.renyi import epsilon_rdp
@@ -93,7 +93,7 @@ def test_releasing_few_runs_is_cheaper_than_hiding_them() -> None:
 def test_statement_of_releasing_everything() -> None:
     found = statement([plan(), plan(2.0)], "all")
     assert found.epsilon == epsilon_all([plan().events(), plan(2.0).events()], DELTA)
-    assert "2 runs" in found.text and f"{found.epsilon:.3f}" in found.text and "1e-05" in found.text
+    assert "2 runs" in found.text and f"{rounded_up(found.epsilon):.3f}" in found.text and "1e-05" in found.text
     assert not found.excludes_tuning and found.largest_run == plan().epsilon()
 
 
@@ -139,3 +139,10 @@ def test_untrue_statements_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match=message):
         statement(plans, rule, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_poisson_mean_below_one_has_no_proven_bound() -> None:
+    """At mean 0.5 the formula gives less than the exact divergence of selecting among Gaussian runs."""
+    with pytest.raises(PlanError, match="Poisson: at least"):
+        Repetitions(0.5, math.inf)
+    assert epsilon_best([RUN], Repetitions(1.0, math.inf), DELTA) >= epsilon(RUN, DELTA)

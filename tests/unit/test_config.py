@@ -36,6 +36,7 @@ def test_the_defaults_are_a_config() -> None:
         ("privacy.examples_per_user=4", "privacy.examples_per_user is for users"),
         ("data.name=jsonl", "data=jsonl needs data.path"),
         ("data.path=nowhere.jsonl", "data=supportdesk is embedded"),
+        ("environment.precision=bfloat16", "bfloat16 with privacy: one example's rounding"),
         ("model.name=local", "model=local needs model.path"),
         ("model.path=nowhere", "model.path=nowhere is no model"),
     ],
@@ -61,11 +62,14 @@ def test_run_id_follows_the_content_of_a_file_not_its_place(tmp_path: Path) -> N
     one.write_text("a")
     same.write_text("a")
     other.write_text("b")
-    ids = [
-        run_id(strict(tree("data.name=jsonl", f"data.path={path}", "data.train_size=null")))
-        for path in (one, same, other)
-    ]
+    here = ["data.name=jsonl", "data.train_size=null", f"compute.output_root={tmp_path / 'outputs'}"]
+    ids = [run_id(strict(tree(f"data.path={path}", *here))) for path in (one, same, other)]
     assert ids[0] == ids[1] != ids[2]
+    # The key stays beside the runs; under another one the same file has another name.
+    key = tmp_path / "outputs" / ".fingerprint-key"
+    assert len(key.read_bytes()) == 32 and key.stat().st_mode & 0o077 == 0
+    key.write_bytes(bytes(32))
+    assert run_id(strict(tree(f"data.path={one}", *here))) != ids[0]
 
 
 def test_noise_of_private_data_is_secure_unless_told_otherwise(tmp_path: Path) -> None:

@@ -75,3 +75,10 @@ def test_metrics_are_macro_averages() -> None:
     assert metrics.accuracy_unseen == 1.0 and metrics.n == 5 and metrics.n_unseen == 3
     assert metrics.n_by_task == {"a": 4, "b": 1}
     assert metrics.response_perplexity == pytest.approx(math.exp(1.2))
+
+
+def test_what_occurs_in_private_training_data_is_not_told(tokenizer) -> None:
+    found = judge(tiny_llama().eval(), tokenizer, EXAMPLES, None, sequence_length=64, batch_size=4)
+    metrics = summarise(found)
+    assert {item.unseen for item in found} == {None}
+    assert metrics.accuracy_unseen is None and metrics.n_unseen is None

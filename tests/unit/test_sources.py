@@ -22,6 +22,7 @@ ROW = {
 def config(path: Path, **columns: str) -> Config:
     made = Config()
     made.data.name, made.data.path = "jsonl", str(path)
+    made.compute.output_root = str(path.parent / "outputs")
     made.data.train_size = made.data.validation_size = made.data.test_size = None
     for name, value in columns.items():
         setattr(made.data.columns, name, value)

@@ -6,11 +6,11 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dptune.config import ColumnsConfig, Config, ConfigError, DataConfig
+from dptune.config import ColumnsConfig, Config, ConfigError, DataConfig, keyed_hash, local_key
 from dptune.data.conditions import apply, subset
 from dptune.data.schema import Example
 
@@ -31,14 +31,14 @@ class Dataset:
     public: bool
     """The records are a public stand-in; epsilon is stated as if they were private."""
 
+    key: bytes = field(default=b"", repr=False)
+    """Secret key of the fingerprint of private records."""
+
     @property
     def fingerprint(self) -> str:
-        """Hash of all records in their order."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            for example in split:
-                digest.update(json.dumps(astuple(example), ensure_ascii=False).encode())
-        return digest.hexdigest()[:16]
+        """Hash of all records in their order, keyed if they are private."""
+        splits = (self.train, self.validation, self.test)
+        return keyed_hash(self.key, (json.dumps(astuple(example)) for split in splits for example in split))
 
 
 def load(config: Config) -> Dataset:
@@ -67,7 +67,9 @@ def load(config: Config) -> Dataset:
             raise DataError(
                 f"{where}: the {split} split is empty; give it records or change data.tasks and data.{split}_size"
             )
-    return Dataset(**chosen, public=data.path is None)
+    public = data.path is None
+    key = b"" if public else local_key(Path(config.compute.output_root))
+    return Dataset(**chosen, public=public, key=key)
 
 
 def supportdesk(data: DataConfig) -> dict[str, list[Example]]:

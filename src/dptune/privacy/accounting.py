@@ -43,11 +43,12 @@ __all__ = [
     "membership_ceiling",
     "merge",
     "privacy_filter",
+    "rounded_up",
     "side_by_side",
 ]
 
 SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.1, 1e3
-SMALLEST_DELTA = 1e-12  # below, the rounding of the Fourier transforms is no longer negligible
+SMALLEST_DELTA = 1e-8  # below, the rounding of the Fourier transforms is no longer negligible
 _GRID = 1e-4
 
 
@@ -62,7 +63,7 @@ def epsilon(events: Sequence[Event], delta: float) -> float:
     of the dominating pairs (theorem B). ``math.inf`` if no finite epsilon holds at this delta.
 
     Raises:
-        ValueError: without events, or for a delta outside [1e-12, 1).
+        ValueError: without events, or for a delta outside [1e-8, 1).
     """
     if not SMALLEST_DELTA <= delta < 1:
         raise ValueError(f"delta must lie in [{SMALLEST_DELTA}, 1), not {delta}")
@@ -76,8 +77,16 @@ def _epsilon(events: tuple[Event, ...], delta: float, coarsening: float = 1.0) -
 
 
 def delta(events: Sequence[Event], epsilon: float) -> float:
-    """Upper bound on delta at ``epsilon`` of all events together, by the reference accountant."""
-    return float(compose(events).get_delta_for_epsilon(epsilon))
+    """Upper bound on delta at ``epsilon`` of all events together, by the reference accountant.
+
+    Never below 1e-9, which rounding in the Fourier transforms could hide.
+    """
+    return max(float(compose(events).get_delta_for_epsilon(epsilon)), SMALLEST_DELTA / 10)
+
+
+def rounded_up(epsilon: float) -> float:
+    """Epsilon with three decimals for people to read; rounded up, so that it stays an upper bound."""
+    return math.ceil(epsilon * 1000) / 1000 if math.isfinite(epsilon) else epsilon
 
 
 def epsilon_prv(events: Sequence[Event], delta: float, error: float = 0.01) -> float:

@@ -242,6 +242,8 @@ class Mechanism:
             raise ValueError(f"release of step {step}, but step {self._next_step} is due; release each step once")
         total = ClippedSum.empty(self.groups, public.rule.sensitivity) if self._sum is None else self._sum
         if all_reduce is not None:
+            if self.plan.unit == "user_uls":
+                raise ValueError("a user's rows could be on two ranks: run unit user_uls in one process")
             total = total.reduced(all_reduce)
         bits = self._bit_rows(public.bit_std)
         effective = 0.0
@@ -297,13 +299,19 @@ class Mechanism:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: In the middle of a step, or if the state is of another plan or of other groups.
+            ValueError: In the middle of a step, or if the state is of another plan, of other groups or of an
+                earlier step.
         """
         self._require_between_steps("a state is loaded")
         allocation = AllocationState.from_dict(state["allocation"])
         if state["plan"] != self.plan.fingerprint() or allocation.groups != self._state.groups:
             raise ValueError(
                 "the state is of another privacy plan or of other groups; resume with the run's own config"
+            )
+        if int(state["next_step"]) < self._next_step:
+            raise ValueError(
+                f"the state is of step {state['next_step']}, but step {self._next_step} is due; going back would"
+                " draw the same noise for another sum"
             )
         self._state = allocation
         self._public_weights = state["public_weights"]

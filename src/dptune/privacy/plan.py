@@ -223,6 +223,10 @@ class PrivacyPlan:
                 " without privacy use PrivacyPlan.non_private"
             )
         _within("max_grad_norm", self.max_grad_norm, 0, math.inf)
+        if self.one_shot and self.unit == "user_uls":
+            raise PlanError("one_shot releases bound records, not users: use unit example or user_els with them")
+        if any(event.group_size != self._group_size for event in self.one_shot):
+            raise PlanError(f"each one_shot event must count {self._group_size} records of a unit: set its group_size")
         if self.clipping.kind == "flat" and self.allocation.rule != "uniform":
             raise PlanError(
                 "flat clipping fits uniform noise only;"
@@ -247,6 +251,11 @@ class PrivacyPlan:
         return self.expected_batch_size / self.num_units
 
     @property
+    def _group_size(self) -> int:
+        """Records of one unit that each release may see: k for ELS, else 1."""
+        return (self.examples_per_user or 1) if self.unit == "user_els" else 1
+
+    @property
     def gradient_noise_multiplier(self) -> float:
         """Multiplier left for the gradients at factor 1, after the quantile bits have taken their share."""
         return self.noise_multiplier / math.sqrt(1 - (self.quantile.share if self.quantile else 0.0))
@@ -265,10 +274,9 @@ class PrivacyPlan:
             raise PlanError(f"steps must lie in [0, {self.steps}], not {done}")
         if not self.private:
             return ()
-        group_size = (self.examples_per_user or 1) if self.unit == "user_els" else 1
         multipliers, counts = np.unique(self.noise_multipliers()[:done], return_counts=True)
         return self.one_shot + tuple(
-            Event(float(sigma), self.sample_rate, int(count), group_size)
+            Event(float(sigma), self.sample_rate, int(count), self._group_size)
             for sigma, count in zip(multipliers, counts, strict=True)
         )
 

@@ -134,6 +134,8 @@ class _Loss:
 
     def _inverse(self, loss: Array) -> Array:
         q = self.event.sample_rate
+        if self.event.group_size == 1 and q == 1.0:
+            return self.sigma**2 * loss + 0.5
         if self.event.group_size == 1:
             return self.sigma**2 * (loss + np.log1p(-(1 - q) * np.exp(-loss)) - math.log(q)) + 0.5
         # L is convex: a chord underestimates the root, Newton's method then descends to it from above.

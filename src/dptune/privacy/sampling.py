@@ -86,7 +86,7 @@ def rows_by_user(users: Sequence[Hashable]) -> Mapping[str, Rows]:
     """
     rows: dict[str, list[int]] = {}
     for row, user in enumerate(users):
-        if user is None or user != user:
+        if user is None or user != user or user == "":
             raise PlanError(f"row {row} has no user: user-level privacy needs the user of every row")
         rows.setdefault(str(user), []).append(row)
     return {user: np.array(own, dtype=np.int64) for user, own in rows.items()}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from dptune.privacy import accounting
+from dptune.privacy.accounting import rounded_up
 from dptune.privacy.events import Event, PlanError
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.renyi import ORDERS, delta_at, optimum, renyi_curve
@@ -46,7 +47,7 @@ class Repetitions:
     run draws its config independently from a public prior (Papernot & Steinke 2022, arXiv:2110.03620).
 
     Attributes:
-        mean: expected number of runs, above 1 (Poisson: above 0).
+        mean: expected number of runs, above 1 (Poisson: at least 1, where the bound is proven).
         eta: shape, above -1, of the truncated negative binomial; 1 geometric, 0 logarithmic, ``math.inf``
             Poisson. A Poisson K can be 0: then the base model is released.
     """
@@ -57,8 +58,9 @@ class Repetitions:
     def __post_init__(self) -> None:
         if not self.eta > -1:
             raise PlanError(f"eta must be above -1 (0 logarithmic, 1 geometric, inf Poisson), not {self.eta}")
-        if not (math.isfinite(self.mean) and self.mean > (0 if self.eta == math.inf else 1)):
-            raise PlanError(f"the mean number of runs must be finite and above 1 (Poisson: 0), not {self.mean}")
+        enough = self.mean >= 1 if self.eta == math.inf else self.mean > 1
+        if not (math.isfinite(self.mean) and enough):
+            raise PlanError(f"the mean number of runs must be finite and above 1 (Poisson: at least), not {self.mean}")
 
     @property
     def gamma(self) -> float:
@@ -178,7 +180,9 @@ def statement(
     largest = max(plan.epsilon() for plan in plans)
     at = f"delta = {target:g}, unit {plans[0].unit}"
     if rule == "per_run":
-        text = f"Epsilon is per run ({largest:.3g} at most) and excludes tuning: the choice is not paid for."
+        text = (
+            f"Epsilon is per run ({rounded_up(largest):.3f} at most) and excludes tuning: the choice is not paid for."
+        )
         return Statement(text, None, target, largest, excludes_tuning=True)
     if not all(plan.private for plan in plans):
         raise PlanError("a sweep with a non-private run on the same data has no epsilon: leave that run out")
@@ -186,7 +190,7 @@ def statement(
     if rule in ("all", "best_of_grid"):
         epsilon = epsilon_all(runs, target)
         what = "releasing all" if rule == "all" else "choosing the best of a fixed set of"
-        text = f"Epsilon of {what} {len(plans)} runs together is {epsilon:.3f} ({at}, PLD)."
+        text = f"Epsilon of {what} {len(plans)} runs together is {rounded_up(epsilon):.3f} ({at}, PLD)."
     elif rule == "best_of_random":
         if repetitions is None:
             raise PlanError("best_of_random needs repetitions: the distribution of the secret number of runs")
@@ -195,7 +199,7 @@ def statement(
         epsilon = epsilon_best(runs, repetitions, target)
         text = (
             "Epsilon of releasing the best of a random, secret number of runs"
-            f" (mean {repetitions.mean:g}) is {epsilon:.3f} ({at}, RDP)."
+            f" (mean {repetitions.mean:g}) is {rounded_up(epsilon):.3f} ({at}, RDP)."
         )
     else:
         raise PlanError(f"rule must be all, best_of_grid, best_of_random or per_run, not {rule!r}")

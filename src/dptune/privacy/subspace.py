@@ -123,7 +123,12 @@ class PaidSubspace:
     """
 
     def __init__(
-        self, groups: Sequence[Group], noise_multiplier: float, keys: KeyRing, sample_rate: float = 1.0
+        self,
+        groups: Sequence[Group],
+        noise_multiplier: float,
+        keys: KeyRing,
+        sample_rate: float = 1.0,
+        group_size: int = 1,
     ) -> None:
         """Start an empty sum.
 
@@ -132,8 +137,9 @@ class PaidSubspace:
             noise_multiplier: Noise in each entry of the sum.
             keys: Where the noise comes from.
             sample_rate: With which each record was Poisson sampled for this; 1 if all are used.
+            group_size: Records of one unit: the cap of ELS, else 1.
         """
-        self.event = Event(noise_multiplier, sample_rate, 1)
+        self.event = Event(noise_multiplier, sample_rate, 1, group_size)
         """What it costs: an entry of the plan's one-shot events."""
         self._groups, self._keys = tuple(groups), keys
         self._sums = [torch.zeros(group.dimension, group.dimension, dtype=torch.float64) for group in groups]

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from dptune.privacy.accounting import rounded_up
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.selection import statement
 from dptune.records import RunRecord, read
@@ -77,7 +78,7 @@ def epsilon_cells(done: Sequence[RunRecord]) -> tuple[str, str]:
     if not spent:
         return "none", "–"
     target = guarantees[0].target_epsilon
-    return f"{max(spent):.3f}/{'–' if target is None else format(target, 'g')}", f"{guarantees[0].delta:g}"
+    return f"{rounded_up(max(spent)):.3f}/{'–' if target is None else format(target, 'g')}", f"{guarantees[0].delta:g}"
 
 
 def floor_row(done: Sequence[RunRecord]) -> list[str]:
@@ -133,6 +134,8 @@ def footnotes(done: Sequence[RunRecord]) -> list[str]:
         notes.append(
             "Noise mode reproducible: ε is accounted, not realised (anyone with the seed can subtract the noise)."
         )
+    if any(item.attempts > 1 for item in guarantees):
+        notes.append("Some runs were begun more than once; ε is for one transcript of each (their ledgers list all).")
     if any(item.stand_in for item in guarantees):
         notes.append("The data is a public stand-in: ε is stated as if it were private.")
     return notes
