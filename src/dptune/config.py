@@ -236,7 +236,7 @@ class ComputeConfig:
     """A torch device."""
     threads: int = _number(1, least=1)
     """Threads of one run; one is best when several runs share the machine."""
-    physical_batch_size: int = _number(64, least=1)
+    physical_batch_size: int = _number(32, least=1)
     """Examples in one forward pass; the logical batch is cut into such pieces, sorted by length."""
     evaluation_batch_size: int = _number(512, least=1)
     """Sequences in one forward pass of the evaluation."""

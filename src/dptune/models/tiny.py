@@ -5,6 +5,7 @@ from the `dev` or `private` organisation, so that using it costs no privacy budg
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -15,9 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
-import transformers
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dptune.data import supportdesk
+from dptune.data import encoding, supportdesk
 from dptune.data.encoding import Encoded, encode_examples, prompt
 from dptune.data.schema import Example
 
@@ -97,8 +96,7 @@ def load_tiny(cache_dir: Path, *, progress: Callable[[str], None] | None = None,
         A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
     """
     recipe = recipe or Recipe()
-    records = supportdesk.public(recipe.seed, recipe.records)
-    name = f"tiny-{_content_hash(recipe, records)}"
+    name = f"tiny-{_content_hash(recipe)}"
     folder = cache_dir / name
     if folder.is_dir():
         return folder
@@ -108,6 +106,7 @@ def load_tiny(cache_dir: Path, *, progress: Callable[[str], None] | None = None,
             return folder
         draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
         try:
+            records = supportdesk.public(recipe.seed, recipe.records)
             tokenizer = train_tokenizer(records, recipe.vocabulary)
             model = _pretrain(records, tokenizer, recipe, progress or (lambda line: None))
             tokenizer.save_pretrained(draft)
@@ -141,11 +140,13 @@ def _text(record: Example) -> tuple[str, str]:
     return prompt(record.instruction, record.input), f" {record.output}"
 
 
-def _content_hash(recipe: Recipe, records: list[Example]) -> str:
-    """Short hash of the recipe, this file, the public text and the versions of the libraries."""
-    versions = [torch.__version__, transformers.__version__, tokenizers.__version__]
-    parts = json.dumps([asdict(recipe), versions, [_text(record) for record in records]])
-    return hashlib.sha256(Path(__file__).read_bytes() + parts.encode()).hexdigest()[:16]
+def _content_hash(recipe: Recipe) -> str:
+    """Short hash of the recipe, of the code that makes text, tokens and weights, and of the libraries' versions."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "faker")}
+    digest = hashlib.sha256(json.dumps([asdict(recipe), versions]).encode())
+    for module in (__file__, supportdesk.__file__, encoding.__file__):
+        digest.update(Path(module).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _pretrain(
