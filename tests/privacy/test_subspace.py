@@ -34,6 +34,19 @@ GROUPS = (Group("x", ("x.a", "x.b"), 30, ((4, 6), (6,))), Group("y", ("y",), 3))
 KEYS = KeyRing.reproducible(5, "subspace")
 
 
+def paying(*events: Event, noise_mode: str = "reproducible") -> PrivacyPlan:
+    return PrivacyPlan(
+        num_units=3000,
+        expected_batch_size=30,
+        steps=3,
+        delta=1e-5,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        one_shot=events,
+        noise_mode=noise_mode,
+    )
+
+
 def batch_of(rows, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"x.a": (4, 6), "x.b": (6,), "y": (3,)}
@@ -137,7 +150,10 @@ def test_one_record_moves_the_paid_second_moment_by_at_most_one():
     """Frobenius norm over all groups, against a loop; large, small and broken gradients."""
     for scale in (1e-3, 0.3, 1e4):
         batch = batch_of(4, scale=scale)
-        whole, rest = PaidSubspace(GROUPS, 5.0, KEYS), PaidSubspace(GROUPS, 5.0, KEYS)
+        whole, rest = (
+            PaidSubspace(GROUPS, paying(Event(5.0, 1.0)), KEYS),
+            PaidSubspace(GROUPS, paying(Event(5.0, 1.0)), KEYS),
+        )
         whole.accumulate(batch)
         rest.accumulate({name: value[1:] for name, value in batch.items()})
         moved, expected = 0.0, 0.0
@@ -150,7 +166,7 @@ def test_one_record_moves_the_paid_second_moment_by_at_most_one():
         assert moved <= 1.0
     broken = batch_of(1)
     broken["y"][0, 0] = math.nan
-    paid = PaidSubspace(GROUPS, 5.0, KEYS)
+    paid = PaidSubspace(GROUPS, paying(Event(5.0, 1.0)), KEYS)
     paid.accumulate(broken)
     assert all(bool((total == 0.0).all()) for total in paid._sums)
 
@@ -159,7 +175,7 @@ def test_a_paid_subspace_finds_the_direction_and_names_its_price():
     direction = torch.zeros(30, dtype=torch.float64)
     direction[[0, 29]] = math.sqrt(0.5)
     rows = torch.randn(3000, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * direction
-    paid = PaidSubspace(GROUPS, 20.0, KEYS, sample_rate=0.5)
+    paid = PaidSubspace(GROUPS, paying(Event(20.0, 0.5)), KEYS)
     paid.accumulate({"x.a": rows[:, :24].reshape(-1, 4, 6), "x.b": rows[:, 24:], "y": torch.zeros(3000, 3)})
     subspace, event = paid.release(1)
     assert event == Event(20.0, 0.5, 1)
@@ -175,7 +191,7 @@ def test_the_noise_of_a_paid_subspace_is_what_its_event_says(monkeypatch):
     seen = []
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: seen.append(matrix) or eigh(matrix))
-    PaidSubspace(GROUPS, 5.0, KEYS).release(2)
+    PaidSubspace(GROUPS, paying(Event(5.0, 1.0)), KEYS).release(2)
     matrix = seen[0]
     assert torch.equal(matrix, matrix.mT)
     upper = matrix[tuple(torch.triu_indices(30, 30))].numpy()
@@ -236,3 +252,11 @@ def test_james_stein_has_less_error_than_the_release():
     assert james_stein(y, 10.0).tolist() == [0.0] * 3
     assert james_stein(y[:2], 10.0).tolist() == [3.0, 4.0]
     assert james_stein(torch.zeros(3), 1.0).tolist() == [0.0] * 3
+
+
+def test_a_subspace_of_private_gradients_must_be_in_the_plan():
+    with pytest.raises(ValueError, match="must be paid for"):
+        PaidSubspace(GROUPS, paying(), KEYS)
+    with pytest.raises(ValueError, match="keys are reproducible"):
+        PaidSubspace(GROUPS, paying(Event(5.0, 1.0), noise_mode="secure"), KEYS)
+    assert paying(Event(5.0, 1.0)).epsilon() > paying().epsilon()

@@ -25,6 +25,7 @@ from dptune.privacy.allocation import Group
 from dptune.privacy.clipping import MARGIN, SensitivityError
 from dptune.privacy.events import Event
 from dptune.privacy.mechanism import round_to_grid
+from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.streams import KeyRing, Purpose, Stream
 
 
@@ -122,25 +123,27 @@ class PaidSubspace:
     joint Frobenius norm of at most 1. Costs d_g^2 numbers a group: for small groups.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        noise_multiplier: float,
-        keys: KeyRing,
-        sample_rate: float = 1.0,
-        group_size: int = 1,
-    ) -> None:
+    def __init__(self, groups: Sequence[Group], plan: PrivacyPlan, keys: KeyRing) -> None:
         """Start an empty sum.
 
         Args:
             groups: The groups.
-            noise_multiplier: Noise in each entry of the sum.
+            plan: Of the training that will use the subspace; its one-shot event is what this release costs and
+                how much noise it gets.
             keys: Where the noise comes from.
-            sample_rate: With which each record was Poisson sampled for this; 1 if all are used.
-            group_size: Records of one unit: the cap of ELS, else 1.
+
+        Raises:
+            ValueError: If the plan does not pay for exactly one one-shot release, or the keys are of another mode.
         """
-        self.event = Event(noise_multiplier, sample_rate, 1, group_size)
-        """What it costs: an entry of the plan's one-shot events."""
+        if len(plan.one_shot) != 1:
+            raise ValueError(
+                f"a subspace of private gradients must be paid for: the plan has {len(plan.one_shot)} one_shot events,"
+                " give it the one of this release"
+            )
+        if keys.mode != plan.noise_mode:
+            raise ValueError(f"noise_mode is {plan.noise_mode} but the keys are {keys.mode}; make them agree")
+        self.event = plan.one_shot[0]
+        """What it costs: part of the plan's events."""
         self._groups, self._keys = tuple(groups), keys
         self._sums = [torch.zeros(group.dimension, group.dimension, dtype=torch.float64) for group in groups]
         self._released = False
