@@ -107,6 +107,15 @@ class PrivacyConfig:
     """Public schedule of the noise multiplier over the steps (SPECIFICATION.md 3)."""
     schedule_ratio: float = _number(0.5, above=0)
     """Last over first noise multiplier of the schedule; for `lambert` the decay of influence a step."""
+    projection: str = _one_of("none", "random", "history", "public", "private")
+    """Clip and noise in a subspace of each group: random and public, half from past releases, from gradients of public
+    data (the support desk's "dev"), or from private gradients, which is paid for (SPECIFICATION.md 5)."""
+    projection_dimension: int = _number(16, least=1)
+    """Coordinates kept of each group."""
+    projection_refresh: int = _number(10, least=1)
+    """Steps after which a random or history subspace is drawn anew."""
+    projection_noise_multiplier: float | None = _number(None, above=0)
+    """Noise multiplier of finding a private subspace."""
     noise_mode: str = _one_of("auto", "reproducible", "secure")
     """`secure`: keys from the operating system, never stored. `reproducible`: from the seed, so that the epsilon is
     accounted but not realised for anyone who knows the seed. `auto`: reproducible for public stand-in data,
@@ -416,6 +425,20 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"environment.precision={config.environment.precision} with privacy: one example's rounding would depend on"
             " its batch mates by more than the clipping margin; use environment.precision=float32, or privacy=none"
+        )
+    if (privacy.projection == "private") != (privacy.projection_noise_multiplier is not None):
+        raise ConfigError(
+            "privacy.projection=private is paid for with privacy.projection_noise_multiplier=..., and only it is; "
+            "give both or neither"
+        )
+    if privacy.projection == "public" and data.path is not None:
+        raise ConfigError("privacy.projection=public needs public data, which only data=supportdesk has; use history")
+    if privacy.projection != "none" and (
+        config.environment.optimizer == "dp_adam_bc" or config.environment.shrinkage != "none"
+    ):
+        raise ConfigError(
+            f"privacy.projection={privacy.projection} spreads noise unevenly over coordinates, which "
+            "environment.optimizer=dp_adam_bc and environment.shrinkage do not know; use neither with it"
         )
     if privacy.unit != "example" and privacy.examples_per_user is None:
         raise ConfigError(

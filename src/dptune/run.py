@@ -28,13 +28,14 @@ from peft import PeftModel
 
 from dptune import evaluation, tracking
 from dptune.config import Config, ConfigError, noise_mode, run_id
-from dptune.data.encoding import encode_examples, example_losses
+from dptune.data.encoding import Encoded, encode_examples, example_losses
 from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.allocation import lora_group_weights
+from dptune.privacy.events import Event
 from dptune.privacy.gradients import ENGINES
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
@@ -42,6 +43,7 @@ from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, Qu
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records import Cost, GroupPrivacy, Metrics, Privacy, RunRecord, claimed, read, write_atomically
 from dptune.training.loop import Step, train
+from dptune.training.projection import make_projection
 
 HISTORY_FILE, EVALUATION_FILE, LOG_FILE, ADAPTER_FOLDER = (
     "history.jsonl",
@@ -193,6 +195,9 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
                 share=privacy.quantile_share,
             ),
             schedule=Schedule(kind=privacy.schedule, ratio=privacy.schedule_ratio),
+            one_shot=()
+            if privacy.projection != "private"
+            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or 1),),
             noise_mode=mode,
         )
         return plan if privacy.target_epsilon is None else calibrated(plan, privacy.target_epsilon)
@@ -245,7 +250,23 @@ def execute(
 
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
     engine = ENGINES[config.environment.engine](model, example_losses)
-    mechanism = plan.mechanism(groups, prepared.keys)
+    sampler = plan.sampler(prepared.keys, users=[example.user for example in data.train])
+
+    def public_rows() -> list[Encoded]:
+        public = load_data(dataclasses.replace(config, data=dataclasses.replace(config.data, organisation="dev")))
+        return encode_examples(public.train, tokenizer, sequence_length)
+
+    projection = make_projection(
+        config,
+        groups,
+        plan=plan,
+        keys=prepared.keys,
+        engine=engine,
+        private_rows=[rows[row] for row in sampler.all_rows.tolist()],
+        public_rows=public_rows,
+        pad=tokenizer.pad_token_id,
+    )
+    mechanism = plan.mechanism(projection.groups, prepared.keys)
     training_begin = time.perf_counter()
     last: Step | None = None
     spent = epsilon_marks(plan)
@@ -263,9 +284,11 @@ def execute(
         for last in train(
             parameters,
             rows,
-            sampler=plan.sampler(prepared.keys, users=[example.user for example in data.train]),
+            sampler=sampler,
             engine=engine,
             mechanism=mechanism,
+            groups=groups,
+            projection=projection,
             hyperparameter=config.hyperparameter,
             environment=config.environment,
             pad=tokenizer.pad_token_id,

@@ -259,6 +259,9 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_run(config: Config, monke
         {"allocation": "lora_weight_space"},
         {"allocation_weights": "adam", "quantile": 0.6, "quantile_share": 0.05},
         {"schedule": "cosine", "schedule_ratio": 0.5},
+        {"projection": "random", "projection_dimension": 4, "projection_refresh": 2},
+        {"projection": "history", "projection_dimension": 4, "projection_refresh": 1},
+        {"projection": "public", "projection_dimension": 4},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -298,3 +301,16 @@ def test_a_record_of_private_data_tells_nothing_about_single_records(config: Con
     # Names are hashes under a key that stays beside the runs.
     (Path(config.compute.output_root) / ".fingerprint-key").write_bytes(bytes(32))
     assert run_id(config) != record.run_id and load(config).fingerprint != record.provenance["data"]
+
+
+@pytest.mark.parametrize("unit", ["example", "user_els"])
+def test_a_private_subspace_is_paid_for_inside_the_target(config: Config, unit: str) -> None:
+    plain = run.make_plan(config, load(config)).noise_multiplier
+    config.privacy.projection, config.privacy.projection_noise_multiplier = "private", 3.0
+    config.privacy.projection_dimension = 4
+    if unit == "user_els":
+        config.privacy.unit, config.privacy.examples_per_user = unit, 2
+    record = run.run(config)
+    assert record.status == "done" and record.privacy is not None, record.error
+    assert record.privacy.epsilon <= 8 and record.privacy.noise_multiplier > plain
+    assert [event["group_size"] for event in record.privacy.plan["one_shot"]] == [2 if unit == "user_els" else 1]

@@ -36,6 +36,7 @@ def test_the_defaults_are_a_config() -> None:
         ("privacy.examples_per_user=4", "privacy.examples_per_user is for users"),
         ("data.name=jsonl", "data=jsonl needs data.path"),
         ("data.path=nowhere.jsonl", "data=supportdesk is embedded"),
+        ("privacy.projection=private", "paid for with privacy.projection_noise_multiplier"),
         ("environment.precision=bfloat16", "bfloat16 with privacy: one example's rounding"),
         ("model.name=local", "model=local needs model.path"),
         ("model.path=nowhere", "model.path=nowhere is no model"),

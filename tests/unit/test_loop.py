@@ -17,6 +17,7 @@ from dptune.privacy.sampling import Batch
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.training.loop import train
 from dptune.training.optimizers import IterateAverage, learning_rate_factor, make_optimizer, update
+from dptune.training.projection import FullSpace, HistorySubspace
 
 HYPER = HyperparameterConfig(
     learning_rate=0.05,
@@ -71,6 +72,8 @@ def run_shared(plan, tokenizer, *, engine: str = "opacus", physical: int = 3, **
             sampler=Scripted(),
             engine=ENGINES[engine](model, example_losses),
             mechanism=plan.mechanism(groups, KEYS),
+            groups=groups,
+            projection=FullSpace(groups),
             hyperparameter=HYPER,
             environment=EnvironmentConfig(**environment),
             pad=0,
@@ -164,10 +167,10 @@ def test_every_trained_parameter_moves_and_no_frozen_one(tokenizer) -> None:
 def test_an_update_without_all_gradients_is_refused(tokenizer) -> None:
     parameters, _ = run_shared(OPEN, tokenizer)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, "all")
-    release = OPEN.mechanism(groups, KEYS).release(0)
-    release.gradients.pop(next(iter(parameters)))
+    gradients = OPEN.mechanism(groups, KEYS).release(0).gradients
+    gradients.pop(next(iter(parameters)))
     with pytest.raises(ValueError, match="differ in"):
-        update(parameters, release, dict.fromkeys(parameters, 0.0), torch.optim.SGD(parameters.values(), lr=0.1))
+        update(parameters, gradients, dict.fromkeys(parameters, 0.0), torch.optim.SGD(parameters.values(), lr=0.1))
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -231,3 +234,20 @@ def test_shrinkage_moves_released_gradients_towards_zero(shrinkage: str, tokeniz
         return sum(float((trained[name] - start[name]).detach().norm()) ** 2 for name in start)
 
     assert 0 < moved(shrunk) < moved(plain)
+
+
+def test_a_history_subspace_keeps_what_was_released_and_explores() -> None:
+    groups = groups_of({"w": torch.Size([6, 5])}, "matrix")
+    subspace = HistorySubspace(groups, dimension=4, refresh=2, keys=KEYS)
+    first = subspace.subspace
+    released = [torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for step, value in enumerate(released):
+        assert subspace.subspace is first
+        subspace.after_step(step, {"w": value})
+    basis = subspace.subspace.bases[0]
+    assert basis.shape == (30, 4) and torch.allclose(basis.T @ basis, torch.eye(4, dtype=torch.float64), atol=1e-9)
+    for value in released:
+        # Both past releases lie in the new subspace, which has two more directions.
+        kept = basis @ (basis.T @ value.flatten().double())
+        torch.testing.assert_close(kept, value.flatten().double(), atol=1e-6, rtol=1e-6)
+    assert subspace.lift(subspace.project({"w": value[None]}) and {"w": torch.zeros(4)})["w"].shape == (6, 5)

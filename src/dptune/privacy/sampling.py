@@ -64,6 +64,11 @@ class PoissonSampler:
         rows = rows_by_user(users)
         return cls(keys, sample_rate, tuple(rows.values()), tuple(rows), examples_per_user)
 
+    @property
+    def all_rows(self) -> Rows:
+        """Every row that may be drawn, once; shape (n,)."""
+        return np.asarray(self.rows) if self.names is None else np.concatenate(self.rows)
+
     def batch(self, step: int) -> Batch:
         """Draw the batch of a step; the same step gives the same batch."""
         coins = self.keys.stream(Purpose.SAMPLING, step=step).uniform(len(self.rows))

@@ -15,10 +15,12 @@ import torch
 
 from dptune.config import EnvironmentConfig, HyperparameterConfig
 from dptune.data.encoding import Encoded, collate, physical_batches
+from dptune.privacy.allocation import Group
 from dptune.privacy.gradients import Engine
 from dptune.privacy.mechanism import Mechanism
 from dptune.privacy.sampling import Batch
 from dptune.training.optimizers import IterateAverage, learning_rate_factor, make_optimizer, update
+from dptune.training.projection import FullSpace
 
 
 class Sampler(Protocol):
@@ -51,6 +53,8 @@ def train(
     sampler: Sampler,
     engine: Engine,
     mechanism: Mechanism,
+    groups: Sequence[Group],
+    projection: FullSpace,
     hyperparameter: HyperparameterConfig,
     environment: EnvironmentConfig,
     pad: int,
@@ -65,6 +69,8 @@ def train(
         sampler: from the privacy plan.
         engine: per-example gradients.
         mechanism: from the privacy plan; the only way from gradients to an update.
+        groups: groups of the parameters.
+        projection: coordinates in which gradients are clipped and noised.
         hyperparameter: learning rate and its schedule, number of steps.
         environment: kind of optimizer and free post-processing of what was released.
         pad: token that pads.
@@ -72,7 +78,7 @@ def train(
         physical_batch_size: rows in one forward pass; cannot change the numbers beyond rounding.
     """
     device = next(iter(parameters.values())).device
-    group_of = {name: group.name for group in mechanism.groups for name in group.parameters}
+    group_of = {name: group.name for group in groups for name in group.parameters}
     optimizer = make_optimizer(parameters, hyperparameter, environment)
     average = IterateAverage(parameters, environment.iterate_ema)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(hyperparameter))
@@ -85,11 +91,13 @@ def train(
         for piece in physical_batches(logical, batch.units, physical_batch_size):
             tensors = collate([logical[position] for position in piece.tolist()], pad, device)
             loss, gradients = engine(tensors)
-            mechanism.accumulate(gradients, torch.from_numpy(batch.units[piece]))
+            mechanism.accumulate(projection.project(gradients), torch.from_numpy(batch.units[piece]))
             losses += float(loss.sum())
         release = mechanism.release(step)
+        released = projection.lift(release.gradients)
         noise_std = {name: release.noise_std[group_of[name]] for name in parameters}
-        update(parameters, release, noise_std, optimizer, environment.shrinkage)
+        update(parameters, released, noise_std, optimizer, environment.shrinkage)
+        projection.after_step(step, released)
         average.step()
         if step + 1 == hyperparameter.steps:
             average.finish()

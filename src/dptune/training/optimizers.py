@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from dptune.config import EnvironmentConfig, HyperparameterConfig
-from dptune.privacy.mechanism import Release
 from dptune.privacy.subspace import adam_bc, ema, james_stein, shrink_singular_values
 
 BETAS, EPSILON, MOMENTUM = (0.9, 0.999), 1e-8, 0.9
@@ -80,7 +79,7 @@ def learning_rate_factor(hyperparameter: HyperparameterConfig) -> Callable[[int]
 
 def update(
     parameters: Parameters,
-    release: Release,
+    gradients: Mapping[str, torch.Tensor],
     noise_std: Mapping[str, float],
     optimizer: torch.optim.Optimizer,
     shrinkage: str = "none",
@@ -89,7 +88,7 @@ def update(
 
     Args:
         parameters: all trained parameters by name.
-        release: what the mechanism let out.
+        gradients: what the mechanism let out, by name.
         noise_std: noise in each coordinate of each parameter's gradient, by name.
         optimizer: over `parameters`.
         shrinkage: what is done to a gradient first: `none`, `james_stein` or `singular_value`.
@@ -97,11 +96,11 @@ def update(
     Raises:
         ValueError: when a gradient is missing or too many.
     """
-    if release.gradients.keys() != parameters.keys():
-        differing = sorted(release.gradients.keys() ^ parameters.keys())
+    if gradients.keys() != parameters.keys():
+        differing = sorted(gradients.keys() ^ parameters.keys())
         raise ValueError(f"released gradients and trained parameters differ in {', '.join(differing)}")
     for name, parameter in parameters.items():
-        gradient = SHRINKAGES[shrinkage](release.gradients[name], noise_std[name])
+        gradient = SHRINKAGES[shrinkage](gradients[name], noise_std[name])
         parameter.grad = gradient.to(parameter.device, parameter.dtype)
     if isinstance(optimizer, DPAdamBC):
         optimizer.set_noise({parameter: noise_std[name] for name, parameter in parameters.items()})

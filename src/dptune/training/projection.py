@@ -1,0 +1,155 @@
+"""In which coordinates gradients are clipped and noised: all of them, or a subspace (SPECIFICATION.md 5).
+
+A subspace may be public, a function of past releases, or found on the private data at a price that is in the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from dptune.config import Config
+from dptune.data.encoding import Encoded, collate, physical_batches
+from dptune.privacy.allocation import Group
+from dptune.privacy.gradients import Engine
+from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.streams import KeyRing, Purpose
+from dptune.privacy.subspace import PaidSubspace, Subspace, principal_subspace, random_subspace
+
+Gradients = Mapping[str, torch.Tensor]
+
+
+class FullSpace:
+    """No projection."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        """What the mechanism clips and noises."""
+
+    def project(self, per_example: Gradients) -> Gradients:
+        """Gradients of rows in the coordinates that are released."""
+        return per_example
+
+    def lift(self, released: Gradients) -> Gradients:
+        """A released vector as gradients of the parameters."""
+        return released
+
+    def after_step(self, step: int, gradients: Gradients) -> None:
+        """What was released in a step, for what may learn from it."""
+
+
+class FixedSubspace(FullSpace):
+    """One subspace for all steps."""
+
+    def __init__(self, subspace: Subspace) -> None:
+        super().__init__(subspace.reduced_groups)
+        self.subspace = subspace
+
+    def project(self, per_example: Gradients) -> Gradients:
+        """Coordinates of rows by group, [b, k]."""
+        return self.subspace.project(per_example)
+
+    def lift(self, released: Gradients) -> Gradients:
+        """The released coordinates as gradients of the parameters."""
+        return self.subspace.lift(released)
+
+
+class MovingSubspace(FixedSubspace):
+    """A subspace that is drawn anew every `refresh` steps, from public coins or from what was released so far."""
+
+    def __init__(self, draw: Callable[[int], Subspace], refresh: int) -> None:
+        """Draw gives the subspace from a step on."""
+        super().__init__(draw(0))
+        self.draw, self.refresh = draw, refresh
+
+    def after_step(self, step: int, gradients: Gradients) -> None:
+        """Draw the next subspace when it is time."""
+        if (step + 1) % self.refresh == 0:
+            self.subspace = self.draw(step + 1)
+
+
+class HistorySubspace(MovingSubspace):
+    """Half of the directions from past releases, half random: past ones alone would never lead out of their span."""
+
+    def __init__(self, groups: Sequence[Group], dimension: int, refresh: int, keys: KeyRing) -> None:
+        """Keys are public."""
+        self._history: dict[str, list[torch.Tensor]] = {}
+
+        def draw(step: int) -> Subspace:
+            coins = random_subspace(groups, dimension, keys.stream(Purpose.PROJECTION, step=step))
+            if len(next(iter(self._history.values()), [])) < refresh:
+                return coins
+            past = {name: torch.stack(values) for name, values in self._history.items()}
+            found = principal_subspace(groups, past, min(dimension // 2, refresh))
+            return Subspace(tuple(groups), tuple(map(_joined, found.bases, coins.bases)))
+
+        super().__init__(draw, refresh)
+
+    def after_step(self, step: int, gradients: Gradients) -> None:
+        """Remember the release, then draw the next subspace when it is time."""
+        for name, value in gradients.items():
+            self._history.setdefault(name, []).append(value.detach().clone())
+        super().after_step(step, gradients)
+
+
+def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of as many columns as `second`, `first` before all others."""
+    columns = torch.cat([first, second], dim=1)[:, : second.shape[1]]
+    basis: torch.Tensor = torch.linalg.qr(columns).Q
+    return basis
+
+
+def make_projection(
+    config: Config,
+    groups: Sequence[Group],
+    *,
+    plan: PrivacyPlan,
+    keys: KeyRing,
+    engine: Engine,
+    private_rows: Sequence[Encoded],
+    public_rows: Callable[[], Sequence[Encoded]],
+    pad: int,
+) -> FullSpace:
+    """The projection that the config names.
+
+    Args:
+        config: of the run.
+        groups: groups of the parameters.
+        plan: pays for a private subspace.
+        keys: secret keys of the run, for the noise of a private subspace.
+        engine: gives gradients for a public or private subspace.
+        private_rows: each record that training may see, once.
+        public_rows: encoded records of public data.
+        pad: token that pads.
+    """
+    kind, dimension, refresh = (
+        config.privacy.projection,
+        config.privacy.projection_dimension,
+        config.privacy.projection_refresh,
+    )
+    coins = KeyRing.reproducible(config.environment.seed, "public")
+    size, device = config.compute.physical_batch_size, config.compute.device
+
+    def gradients(rows: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
+        for piece in physical_batches(rows, np.arange(len(rows)), size):
+            yield engine(collate([rows[row] for row in piece.tolist()], pad, device))[1]
+
+    if kind == "none":
+        return FullSpace(groups)
+    if kind == "random":
+        return MovingSubspace(
+            lambda step: random_subspace(groups, dimension, coins.stream(Purpose.PROJECTION, step=step)), refresh
+        )
+    if kind == "history":
+        return HistorySubspace(groups, dimension, refresh, coins)
+    if kind == "public":
+        # A few rows more than directions, so that the leading ones stand out.
+        parts = list(gradients(public_rows()[: 4 * dimension]))
+        together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return FixedSubspace(principal_subspace(groups, together, dimension))
+    paid = PaidSubspace(groups, plan, keys)
+    for part in gradients(private_rows):
+        paid.accumulate(part)
+    return FixedSubspace(paid.release(dimension)[0])
