@@ -207,8 +207,9 @@ class EnvironmentConfig:
     """Number format of the frozen backbone; adapters, norms and sums keep theirs."""
     sequence_length: int = _number(96, least=8)
     """Longest example in tokens; the prompt is cut from the left, a public rule."""
-    engine: str = _one_of("opacus", "hooks", "loop")
-    """How per-example gradients are computed: Opacus, our own hooks, or one backward pass an example."""
+    engine: str = _one_of("hooks", "opacus", "loop")
+    """How per-example gradients are computed: our own hooks, Opacus, or one backward pass an example. Whichever it is,
+    it is compared with the last before training starts."""
 
 
 @dataclass

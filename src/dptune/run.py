@@ -28,7 +28,7 @@ from peft import PeftModel
 
 from dptune import evaluation, tracking
 from dptune.config import Config, ConfigError, noise_mode, run_id
-from dptune.data.encoding import Encoded, encode_examples, example_losses
+from dptune.data.encoding import Encoded, collate, encode_examples, example_losses
 from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
 from dptune.models import adapters, backbones
@@ -36,7 +36,7 @@ from dptune.models.backbones import Backbone
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.events import Event
-from dptune.privacy.gradients import ENGINES
+from dptune.privacy.gradients import ENGINES, Engine, checked_engine
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
@@ -249,7 +249,7 @@ def execute(
     log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan, config)}")
 
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
-    engine = ENGINES[config.environment.engine](model, example_losses)
+    engine = make_engine(config, prepared)
     sampler = plan.sampler(prepared.keys, users=[example.user for example in data.train])
 
     def public_rows() -> list[Encoded]:
@@ -323,6 +323,28 @@ def execute(
         device=f"{config.compute.device}, {config.compute.threads} thread(s)",
     )
     log(summary(record))
+
+
+def make_engine(config: Config, prepared: Prepared) -> Engine:
+    """The engine of per-example gradients; for a private run it is compared with the loop first."""
+    name, tokenizer = config.environment.engine, prepared.backbone.tokenizer
+    if not prepared.plan.private:
+        return ENGINES[name](prepared.model, example_losses)
+    # Made-up records: the check needs none of the data's.
+    batch, changed = (
+        collate(made_up_rows(len(tokenizer), other), tokenizer.pad_token_id, config.compute.device)
+        for other in (False, True)
+    )
+    return checked_engine(name, prepared.model, example_losses, batch, changed, row=1)
+
+
+def made_up_rows(vocabulary: int, other: bool) -> list[Encoded]:
+    """Three rows of made-up tokens, five to nine each; with `other` the second one has other tokens."""
+    lengths, responses, shift = (7, 5, 9), (2, 1, 3), (0, 101 if other else 0, 0)
+    return [
+        Encoded(tuple((31 * row + 17 * at + shift[row]) % vocabulary for at in range(lengths[row])), responses[row])
+        for row in range(3)
+    ]
 
 
 _zero_shot: dict[tuple[str, str, int, bool], Metrics] = {}

@@ -53,7 +53,7 @@ def test_a_private_run_leaves_a_whole_record(config: Config) -> None:
     assert record.parameters is not None and 0 < record.parameters.trainable < record.parameters.total
     assert sum(group.dimension for group in privacy.groups.values()) == record.parameters.trainable
     assert record.metrics is not None and record.metrics.n == 40 and record.zero_shot is not None
-    assert record.provenance["overrides"] == ["x=1"] and record.provenance["engine"] == "opacus"
+    assert record.provenance["overrides"] == ["x=1"] and record.provenance["engine"] == "hooks"
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == [1, 2, 3] and history[-1]["epsilon"] == privacy.epsilon
     assert "noise multiplier" in (folder / "run.log").read_text()
@@ -314,3 +314,12 @@ def test_a_private_subspace_is_paid_for_inside_the_target(config: Config, unit: 
     assert record.status == "done" and record.privacy is not None, record.error
     assert record.privacy.epsilon <= 8 and record.privacy.noise_multiplier > plain
     assert [event["group_size"] for event in record.privacy.plan["one_shot"]] == [2 if unit == "user_els" else 1]
+
+
+def test_a_non_private_run_may_have_a_bfloat16_backbone(config: Config) -> None:
+    config.privacy.enabled, config.privacy.target_epsilon = False, None
+    config.environment.precision = "bfloat16"
+    record = run.run(config)
+    assert record.status == "done", record.error
+    dtypes = {value.dtype for value in weights(Path(config.compute.output_root) / record.run_id).values()}
+    assert dtypes == {torch.float32}

@@ -5,7 +5,7 @@ from conftest import tiny_llama
 from dptune.config import AdapterConfig
 from dptune.data.encoding import collate, encode, example_losses, prompt
 from dptune.models import adapters
-from dptune.privacy.gradients import ENGINES, EngineError, HookEngine, LoopEngine, OpacusEngine
+from dptune.privacy.gradients import ENGINES, EngineError, HookEngine, LoopEngine, OpacusEngine, checked_engine
 
 PAIRS = [
     (prompt("which team ?", "reset my code"), "support"),
@@ -174,3 +174,74 @@ def test_hooks_refuse_a_layer_that_does_not_see_every_row() -> None:
     rows = {"x": torch.ones(4, 3)}
     with pytest.raises(EngineError, match="linear"):
         HookEngine(Halved(), lambda model, batch: model(batch["x"]).squeeze(1))(rows)
+
+
+def probes(tokenizer):
+    from dptune.run import made_up_rows
+
+    return [collate(made_up_rows(len(tokenizer), other), pad=0) for other in (False, True)]
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("adapter", ["lora", "ffa_lora"])
+def test_the_self_check_passes_what_is_right_and_leaves_the_weights(engine: str, adapter: str, tokenizer) -> None:
+    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(name=adapter), rank=2, seed=0)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    checked_engine(engine, model, example_losses, *probes(tokenizer), row=1).close()
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+class Wrong(HookEngine):
+    """An engine with one thing wrong with it."""
+
+    def __init__(self, model, loss, fault: str) -> None:
+        super().__init__(model, loss)
+        self.fault = fault
+        self.first: dict[str, torch.Tensor] = {}
+
+    def __call__(self, batch):
+        losses, gradients = super().__call__(batch)
+        name = next(name for name in gradients if ".v_proj." in name)
+        if self.fault == "one row for all":
+            gradients[name] = gradients[name][:1]
+        elif self.fault == "left out":
+            del gradients[name]
+        elif self.fault == "scaled":
+            gradients[name] = gradients[name] * 1.001
+        elif self.fault == "mixed":
+            gradients[name][0] += gradients[name][1] - self.first.setdefault(name, gradients[name][1].clone())
+        return losses, gradients
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("one row for all", "no gradient for each row of .*v_proj"),
+        ("left out", "no gradient for each row of .*v_proj"),
+        ("scaled", "gradient of .*v_proj.* differs from the loop"),
+        ("mixed", "gradient of .*v_proj.* depends on other records"),
+    ],
+)
+def test_the_self_check_refuses_what_is_wrong(fault: str, message: str, tokenizer, monkeypatch) -> None:
+    monkeypatch.setitem(ENGINES, "wrong", lambda model, loss: Wrong(model, loss, fault))
+    with pytest.raises(EngineError, match=message):
+        checked_engine("wrong", adapted(), example_losses, *probes(tokenizer), row=1)
+
+
+def test_the_self_check_refuses_a_batch_norm_by_name(tokenizer) -> None:
+    """What a row gets depends on the others: Opacus and hooks would train it without a word."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3, affine=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(x)).pow(3).sum(dim=1)
+
+    model = Normed().train()
+    rows = {"x": torch.arange(12.0).reshape(4, 3).sin()}
+    other = {"x": rows["x"].clone()}
+    other["x"][1] = 2.0
+    with pytest.raises((EngineError, ValueError), match=r"linear|more than 1 value"):
+        checked_engine("hooks", model, lambda model, batch: model(batch["x"]), rows, other, row=1)

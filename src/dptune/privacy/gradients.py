@@ -171,6 +171,60 @@ ENGINES: dict[str, Callable[[torch.nn.Module, LossFunction], Engine]] = {
 }
 
 
+TOLERANCE = 1e-5
+"""Largest difference of an engine from the loop, relative to a parameter's largest gradient."""
+
+
+def checked_engine(
+    name: str, model: torch.nn.Module, loss: LossFunction, batch: Batch, changed: Batch, row: int
+) -> Engine:
+    """An engine that was compared with the loop, before any budget is spent.
+
+    Every trained parameter must have one gradient for each row, equal to the loop's, and changing one record must
+    change that row only. The weights are moved a little meanwhile: a factor that starts at zero hides its partner.
+
+    Args:
+        name: of the engine, one of `ENGINES`.
+        model: the model to be trained.
+        loss: loss of each row.
+        batch: a few rows of public or made-up tokens, not as many as a row has tokens.
+        changed: the same with another record in one row; same shapes.
+        row: which one.
+
+    Raises:
+        EngineError: naming the parameter that is wrong.
+    """
+    parameters = _trained(model)
+    if not parameters:
+        raise EngineError("nothing is trained: the adapter has no trainable parameters")
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    try:
+        with torch.no_grad():
+            for value in parameters.values():
+                wave = torch.arange(value.numel(), device=value.device, dtype=value.dtype).sin()
+                value.add_(0.02 * wave.reshape(value.shape))
+        expected = LoopEngine(model, loss)(batch)[1]
+        # Made after the loop has run, whose backward passes its hooks would take for their own.
+        engine = ENGINES[name](model, loss)
+        found, moved = engine(batch)[1], engine(changed)[1]
+    finally:
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(before[name])
+    if frozen := [key for key, value in model.named_parameters() if not value.requires_grad and value.grad is not None]:
+        raise EngineError(f"{frozen[0]} is frozen but has a gradient")
+    for name in parameters:
+        allowed = TOLERANCE * float(expected[name].abs().max())
+        if name not in found or found[name].shape != expected[name].shape:
+            raise EngineError(f"the engine gives no gradient for each row of {name}; set environment.engine=loop")
+        if not float((found[name] - expected[name]).abs().max()) <= allowed:
+            raise EngineError(f"the engine's gradient of {name} differs from the loop's; set environment.engine=loop")
+        others = torch.arange(len(found[name]), device=found[name].device) != row
+        if not float((moved[name] - found[name])[others].abs().max()) <= allowed:
+            raise EngineError(f"the gradient of {name} depends on other records of its batch: no privacy is possible")
+    return engine
+
+
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
