@@ -222,35 +222,63 @@ def execute(
 ) -> None:
     """Measure, train, measure, and fill the record."""
     data, plan, model = prepared.data, prepared.plan, prepared.model
-    tokenizer = prepared.backbone.tokenizer
     sequence_length = config.environment.sequence_length
-    rows = encode_examples(data.train, tokenizer, sequence_length)
-    parameters = adapters.trainable(model)
-    record.parameters = adapters.count(model)
+    seen = {example.input for example in data.train} if data.public or not plan.private else None
 
     def measure() -> list[evaluation.Judgement]:
-        model.eval()
-        judgements = evaluation.judge(
-            model,
-            tokenizer,
+        return evaluation.judge(
+            model.eval(),
+            prepared.backbone.tokenizer,
             data.test,
-            {example.input for example in data.train} if data.public or not plan.private else None,
+            seen,
             sequence_length=sequence_length,
             batch_size=config.compute.evaluation_batch_size,
         )
-        adapters.set_modes(model)
-        return judgements
 
-    floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length, data.public or not plan.private)
+    record.parameters = adapters.count(model)
+    floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length, seen is None)
     if floor not in _zero_shot:
         # A fresh adapter changes nothing, so that this is the backbone's own accuracy.
         _zero_shot[floor] = evaluation.summarise(measure())
     record.zero_shot = _zero_shot[floor]
-    log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan, config)}")
+    log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan)}")
 
+    training_begin = time.perf_counter()
+    record.privacy = fit(config, prepared, folder, tracker, log)
+    training_seconds = time.perf_counter() - training_begin
+    judgements = measure()
+    record.metrics = evaluation.summarise(judgements)
+    if not math.isfinite(record.metrics.response_perplexity):
+        raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
+    lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in judgements)
+    write_atomically(folder / EVALUATION_FILE, "".join(lines))
+    save_adapter(model, folder / ADAPTER_FOLDER)
+    record.cost = Cost(
+        seconds=time.perf_counter() - begin,
+        training_seconds=training_seconds,
+        examples_per_second=plan.steps * plan.expected_batch_size / training_seconds,
+        peak_memory_mb=peak_memory_mb(config.compute.device),
+        device=f"{config.compute.device}, {config.compute.threads} thread(s)",
+    )
+    log(summary(record))
+
+
+_zero_shot: dict[tuple[str, str, int, bool], Metrics] = {}
+
+
+def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Tracker, log: Report) -> Privacy:
+    """Train the adapter in place, write ledger and history, and say what it guarantees."""
+    data, plan, model, keys = prepared.data, prepared.plan, prepared.model, prepared.keys
+    tokenizer, sequence_length = prepared.backbone.tokenizer, config.environment.sequence_length
+    adapters.set_modes(model)
+    rows = encode_examples(data.train, tokenizer, sequence_length)
+    parameters = adapters.trainable(model)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
+    sampler = plan.sampler(keys, users=[example.user for example in data.train])
     engine = make_engine(config, prepared)
-    sampler = plan.sampler(prepared.keys, users=[example.user for example in data.train])
+    ledger = WriteAheadLedger(folder / LEDGER_FILE, plan, keys, keys.run) if plan.private else None
+    if ledger is not None and plan.one_shot:
+        ledger.begin(0)
 
     def public_rows() -> list[Encoded]:
         public = load_data(dataclasses.replace(config, data=dataclasses.replace(config.data, organisation="dev")))
@@ -260,17 +288,13 @@ def execute(
         config,
         groups,
         plan=plan,
-        keys=prepared.keys,
+        keys=keys,
         engine=engine,
         private_rows=[rows[row] for row in sampler.all_rows.tolist()],
         public_rows=public_rows,
         pad=tokenizer.pad_token_id,
     )
-    mechanism = plan.mechanism(projection.groups, prepared.keys)
-    training_begin = time.perf_counter()
-    last: Step | None = None
-    spent = epsilon_marks(plan)
-    ledger = WriteAheadLedger(folder / LEDGER_FILE, plan, prepared.keys, prepared.keys.run) if plan.private else None
+    mechanism = plan.mechanism(projection.groups, keys)
 
     def before_step(step: int) -> None:
         if ledger is not None:
@@ -280,6 +304,8 @@ def execute(
             norms = {name: float(value.detach().square().sum()) for name, value in model.named_parameters()}
             mechanism.set_public_weights(lora_group_weights(groups, norms))
 
+    last: Step | None = None
+    spent = epsilon_marks(plan)
     with (folder / HISTORY_FILE).open("w", encoding="utf-8") as history:
         for last in train(
             parameters,
@@ -303,26 +329,8 @@ def execute(
                 log(progress(last, plan, config, spent.get(last.step)))
     engine.close()
     assert last is not None
-    training_seconds = time.perf_counter() - training_begin
-    judgements = measure()
-    record.metrics = evaluation.summarise(judgements)
-    if not math.isfinite(record.metrics.response_perplexity):
-        raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
-    record.privacy = privacy_of(plan, config, data, last, {group.name: group.dimension for group in groups})
-    record.privacy.attempts = ledger.attempts if ledger else 0
-    write_atomically(
-        folder / EVALUATION_FILE,
-        "".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in judgements),
-    )
-    save_adapter(model, folder / ADAPTER_FOLDER)
-    record.cost = Cost(
-        seconds=time.perf_counter() - begin,
-        training_seconds=training_seconds,
-        examples_per_second=plan.steps * plan.expected_batch_size / training_seconds,
-        peak_memory_mb=peak_memory_mb(config.compute.device),
-        device=f"{config.compute.device}, {config.compute.threads} thread(s)",
-    )
-    log(summary(record))
+    guarantee = privacy_of(plan, config, data, last, {group.name: group.dimension for group in groups})
+    return dataclasses.replace(guarantee, attempts=ledger.attempts if ledger else 0)
 
 
 def make_engine(config: Config, prepared: Prepared) -> Engine:
@@ -347,9 +355,6 @@ def made_up_rows(vocabulary: int, other: bool) -> list[Encoded]:
     ]
 
 
-_zero_shot: dict[tuple[str, str, int, bool], Metrics] = {}
-
-
 def epsilon_marks(plan: PrivacyPlan) -> dict[int, float]:
     """Epsilon after about every tenth of the steps; all of it depends on the plan alone."""
     if not plan.private:
@@ -358,7 +363,7 @@ def epsilon_marks(plan: PrivacyPlan) -> dict[int, float]:
     return {int(step): plan.epsilon(int(step)) for step in marks}
 
 
-def describe(plan: PrivacyPlan, config: Config) -> str:
+def describe(plan: PrivacyPlan) -> str:
     """The plan in one line."""
     start = f"{plan.steps} steps of {plan.expected_batch_size:g} of {plan.num_units} expected"
     if not plan.private:
