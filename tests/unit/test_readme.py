@@ -1,5 +1,6 @@
 """What the README tells a stranger to type exists."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -48,3 +49,26 @@ def test_files_of_the_repository_hold_no_path_of_a_machine() -> None:
     pattern = re.compile(r"/(home|root|Users|work)/")
     for path in [*Path(ROOT, "conf").rglob("*.yaml"), *Path(ROOT, "sweeps").rglob("*.yaml"), ROOT / "Makefile"]:
         assert not pattern.search(path.read_text(encoding="utf-8")), path
+
+
+def test_the_analysis_page_runs_on_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from dptune.config import Config
+    from dptune.records import Metrics, Privacy, RunRecord
+
+    for name in ("uniform", "adaptive"):
+        for seed in (0, 1):
+            config = Config()
+            config.privacy.name, config.environment.seed = name, seed
+            accuracy = 0.5 + 0.25 * (name == "adaptive")
+            RunRecord(
+                run_id=f"{name}{seed}",
+                status="done",
+                config=dataclasses.asdict(config),
+                metrics=Metrics(accuracy, {"a": accuracy}, "a", 0.0, None, 1.0, 4, 0, {"a": 4}),
+                privacy=Privacy(True),
+            ).write(tmp_path / "outputs" / f"{name}{seed}")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "analysis" / "README.md").read_text(encoding="utf-8")
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
+    shown = capsys.readouterr().out
+    assert "0.75" in shown and re.search(r"mean\s+0\.25", shown)
