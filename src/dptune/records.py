@@ -121,7 +121,7 @@ class Cost:
     """What the run cost. Times depend a little on the batches that were drawn: not to be published of private data."""
 
     seconds: float
-    """Wall-clock seconds of the run, without imports."""
+    """Wall-clock seconds of the run, once data and backbone are loaded."""
     training_seconds: float
     """Wall-clock seconds of the steps."""
     examples_per_second: float

@@ -88,8 +88,8 @@ def run(config: Config, overrides: Sequence[str] = (), report: Report | None = N
         say(f"{identity} is finished: {folder}")
         return finished
     torch.set_num_threads(config.compute.threads)
-    begin = time.perf_counter()
     prepared = prepare(config, identity)
+    begin = time.perf_counter()
     with claimed(folder) as mine:
         if not mine:
             raise BlockingIOError(f"another process is doing run {identity}")

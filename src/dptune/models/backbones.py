@@ -32,6 +32,7 @@ def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -
     Raises:
         ConfigError: when the folder holds no causal language model with a tokenizer.
     """
+    transformers_logging.disable_progress_bar()
     if config.path is not None:
         folder = Path(config.path)
     else:
@@ -46,7 +47,6 @@ def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -
 
 @functools.lru_cache(maxsize=2)
 def _read(folder: Path, precision: str) -> Backbone:
-    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
