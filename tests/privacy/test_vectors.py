@@ -30,7 +30,7 @@ SKIPPED = {
     "acc-trunc": "dptune never truncates a Poisson batch: memory limits are met by gradient accumulation",
     "num-dg": "dptune releases continuous Gaussian noise; the discrete Gaussian is not shipped",
     "proj-bilinear": "dptune weighs LoRA noise to first order; the vector's random factors are not recorded",
-    "loss-": "the loss of an example belongs to training and is tested there",
+    "loss-": "the loss of an example belongs to training: tests/unit/test_encoding.py checks these",
 }
 """Vectors of quantities that this package does not compute: prefix of the id and reason."""
 

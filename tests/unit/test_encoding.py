@@ -1,3 +1,7 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +98,21 @@ def test_rows_of_one_unit_stay_in_one_physical_batch() -> None:
     for piece in pieces:
         for unit in set(units[piece].tolist()):
             assert set(np.flatnonzero(units == unit).tolist()) <= set(piece)
+
+
+@pytest.mark.parametrize("name", ["loss-mask", "loss-empty"])
+def test_the_loss_equals_its_reference_vector(name: str) -> None:
+    path = Path(__file__).parents[1] / "privacy" / "vectors.json"
+    (vector,) = (item for item in json.loads(path.read_text())["vectors"] if item["id"] == name)
+    chosen = torch.tensor(vector["inputs"]["logp"], dtype=torch.float64)
+    # Two classes of which the label's has the vector's log-probability; the last position predicts nothing.
+    logits = torch.stack([chosen, torch.log1p(-chosen.exp())], dim=1)
+    logits = torch.cat([logits, torch.zeros(1, 2)])[None]
+    mask = torch.tensor(vector["inputs"]["response_mask"], dtype=torch.bool)
+    batch = {
+        "input_ids": torch.zeros(1, len(mask) + 1, dtype=torch.long),
+        "attention_mask": torch.ones(1, len(mask) + 1, dtype=torch.long),
+        "labels": torch.where(mask, 0, IGNORED)[None],
+    }
+    found = example_losses(lambda **_: SimpleNamespace(logits=logits), batch)
+    assert found.item() == pytest.approx(vector["expected"], abs=1e-6)
