@@ -323,3 +323,11 @@ def test_a_non_private_run_may_have_a_bfloat16_backbone(config: Config) -> None:
     assert record.status == "done", record.error
     dtypes = {value.dtype for value in weights(Path(config.compute.output_root) / record.run_id).values()}
     assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("device", ["cuda:63", "abacus"])
+def test_a_device_that_is_not_there_is_named(config: Config, device: str) -> None:
+    config.compute.device = device
+    with pytest.raises(ConfigError, match=f"compute.device={device} cannot be used here") as caught:
+        run.run(config)
+    assert "\n" not in str(caught.value) and not Path(config.compute.output_root).exists()

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,28 @@ def test_conditions_are_record_wise_and_as_strong_as_they_say(tmp_path: Path) ->
     assert apply(train[5:], DataSensitivityConfig(label_noise=0.2), seed=0) == noisy[5:]
     assert len(apply(train, DataSensitivityConfig(train_fraction=0.25), seed=0)) == 500
     assert subset(train, 10**6, 0) == train and subset(train, 10, 0) != subset(train, 10, 1)
+
+
+REAL = Path(os.environ.get("DPTUNE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real instruction data is not here; DPTUNE_TEST_DATA can name its folder")
+@pytest.mark.parametrize(
+    ("name", "train", "with_options", "with_users"),
+    [
+        ("sentiment_sst2", 30000, True, False),
+        ("bigbench_mc", 36312, True, False),
+        ("data2text_e2e", 7268, False, False),
+        ("sgd_dialogues", 12230, True, True),
+    ],
+)
+def test_real_instruction_files_load(
+    name: str, train: int, with_options: bool, with_users: bool, tmp_path: Path
+) -> None:
+    wanted = config(REAL / f"{name}.jsonl.gz")
+    wanted.compute.output_root = str(tmp_path)
+    data = sources.load(wanted)
+    assert len(data.train) == train and data.validation and data.test
+    assert any(item.options for item in data.train) == with_options
+    assert all(item.user for item in data.train) == with_users
+    assert all(item.output in item.options for item in data.train if item.options)

@@ -30,8 +30,9 @@ def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -
     """A fresh copy of a frozen backbone in evaluation mode; the files are read once per process.
 
     Raises:
-        ConfigError: when the folder holds no causal language model with a tokenizer.
+        ConfigError: when the folder holds no causal language model with a tokenizer, or the device does not exist.
     """
+    check_device(device)
     transformers_logging.disable_progress_bar()
     if config.path is not None:
         folder = Path(config.path)
@@ -43,6 +44,15 @@ def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -
     # The adapter is injected into the module tree, so that every run needs a tree of its own.
     model: torch.nn.Module = copy.deepcopy(loaded.model)
     return Backbone(model.to(torch.device(device)), loaded.tokenizer, loaded.fingerprint)
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError when torch does not know the device or the machine does not have it."""
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"compute.device={name} cannot be used here ({reason}); set compute=cpu") from None
 
 
 @functools.lru_cache(maxsize=2)
