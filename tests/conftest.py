@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+# No assertion on time, and the same cases in every run.
+settings.register_profile("dptune", deadline=None, derandomize=True)
+settings.load_profile("dptune")
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

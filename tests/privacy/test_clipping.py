@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dptune.privacy.allocation import Group, PrecisionLedger, noise_stds
@@ -131,7 +131,6 @@ def problems(draw):
 
 
 @given(problems(), st.sampled_from(KINDS), st.sampled_from(("equal_budget", "min_energy", "equal_snr")))
-@settings(deadline=None)
 def test_every_kind_against_loops(problem, kind, allocation):
     groups, rows, thresholds, weights, stability = problem
     unit_stds = noise_stds(allocation, thresholds, [g.dimension for g in groups], weights, 1.0)
@@ -148,7 +147,6 @@ def test_every_kind_against_loops(problem, kind, allocation):
 
 
 @given(problems(), st.sampled_from(KINDS), st.sampled_from(("equal_budget", "min_energy", "equal_snr")))
-@settings(deadline=None)
 def test_removing_one_record_moves_the_sum_by_at_most_its_bound(problem, kind, allocation):
     groups, rows, thresholds, weights, stability = problem
     sigma = 0.7
@@ -164,7 +162,6 @@ def test_removing_one_record_moves_the_sum_by_at_most_its_bound(problem, kind, a
 
 
 @given(problems())
-@settings(deadline=None)
 def test_scaled_flat_with_equal_noise_is_flat(problem):
     groups, rows, thresholds, _, _ = problem
     radius = float(np.linalg.norm(thresholds))

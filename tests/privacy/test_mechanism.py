@@ -125,7 +125,7 @@ def test_an_empty_batch_is_released_as_noise():
 
 
 @given(st.lists(st.integers(0, 5), max_size=4), st.sampled_from(CASES))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_physical_batches_do_not_matter(cuts, case):
     batch = batch_of(9, scale=0.3)
     whole = run(plan_of(*case), [batch])[1][0]
