@@ -100,6 +100,8 @@ def greedy(
     batch_size: int,
 ) -> list[str]:
     """Greedy output of each example, cut at the end-of-sequence token or after `MAX_NEW_TOKENS`."""
+    if not examples:
+        return []  # The tokenizer does not take an empty list.
     device = next(model.parameters()).device
     prompts = tokenizer([prompt(example.instruction, example.input) for example in examples], add_special_tokens=False)[
         "input_ids"

@@ -82,3 +82,9 @@ def test_what_occurs_in_private_training_data_is_not_told(tokenizer) -> None:
     metrics = summarise(found)
     assert {item.unseen for item in found} == {None}
     assert metrics.accuracy_unseen is None and metrics.n_unseen is None
+
+
+@pytest.mark.parametrize("kept", [slice(0, 2), slice(2, 3)], ids=["options only", "free form only"])
+def test_data_of_one_kind_only_is_judged(kept: slice, tokenizer) -> None:
+    found = judge(tiny_llama().eval(), tokenizer, EXAMPLES[kept], (), sequence_length=64, batch_size=4)
+    assert [item.task for item in found] == [example.task for example in EXAMPLES[kept]]
