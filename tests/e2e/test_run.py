@@ -331,3 +331,43 @@ def test_a_device_that_is_not_there_is_named(config: Config, device: str) -> Non
     with pytest.raises(ConfigError, match=f"compute.device={device} cannot be used here") as caught:
         run.run(config)
     assert "\n" not in str(caught.value) and not Path(config.compute.output_root).exists()
+
+
+def small(kind: str):
+    """A random model of another architecture."""
+    import transformers as t
+
+    size = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2}
+    if kind == "gpt2":
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=300, n_positions=128, n_embd=16, n_layer=2, n_head=2))
+    if kind == "qwen2":
+        config = t.Qwen2Config(**size, **heads, num_key_value_heads=1, tie_word_embeddings=True)
+        return t.Qwen2ForCausalLM(config)
+    if kind == "gpt_neox":
+        return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**size, **heads))
+    if kind == "bert":
+        return t.BertForMaskedLM(t.BertConfig(**size, **heads))
+    return t.T5ForConditionalGeneration(
+        t.T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "gpt_neox"])
+def test_other_causal_models_are_trained_privately(kind: str, config: Config, tokenizer, tmp_path: Path) -> None:
+    """Each passes the check of its engine against the loop, or training would have been refused."""
+    small(kind).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    config.model.path = str(tmp_path / kind)
+    record = run.run(config)
+    assert record.status == "done", record.error
+
+
+@pytest.mark.parametrize(("kind", "message"), [("bert", "reads ahead"), ("t5", "holds no causal language model")])
+def test_what_is_no_causal_model_is_refused(kind: str, message: str, config: Config, tokenizer, tmp_path: Path) -> None:
+    small(kind).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    config.model.path = str(tmp_path / kind)
+    with pytest.raises(ConfigError, match=message):
+        run.run(config)
+    assert not Path(config.compute.output_root).exists()

@@ -27,6 +27,8 @@ def attach(model: torch.nn.Module, config: AdapterConfig, rank: int, seed: int) 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5 renamed.
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+        # GPT-2's layers are stored transposed, which PEFT finds out by itself.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, ADAPTERS[config.name](config, rank))

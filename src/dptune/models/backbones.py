@@ -46,6 +46,14 @@ def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -
     return Backbone(model.to(torch.device(device)), loaded.tokenizer, loaded.fingerprint)
 
 
+@torch.no_grad()
+def is_causal(model: torch.nn.Module) -> bool:
+    """Whether what follows a token leaves the token's output alone; encoders load as language models, too."""
+    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    first, second = model(input_ids=tokens, use_cache=False).logits[:, :3].float()
+    return bool(torch.allclose(first, second, rtol=1e-3, atol=1e-4))
+
+
 def check_device(name: str) -> None:
     """Raises ConfigError when torch does not know the device or the machine does not have it."""
     try:
@@ -77,6 +85,8 @@ def _read(folder: Path, precision: str) -> Backbone:
     # An adapter is made to be passed on: PEFT writes this name into it, and it must not be a path of this machine.
     model.name_or_path = model.config._name_or_path = folder.name
     model.requires_grad_(False).eval()
+    if not is_causal(model):
+        raise ConfigError(f"model.path={folder} reads ahead: an encoder cannot be trained as a causal language model")
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
