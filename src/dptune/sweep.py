@@ -43,7 +43,7 @@ class Job:
     overrides: tuple[str, ...]
     """All overrides, as given to Hydra."""
     varied: tuple[str, ...]
-    """Those of the sweep file's axes: what sets this run apart from the reference."""
+    """What sets it apart: those that take several values, in the file or on the command line, and those of its axis."""
 
 
 def grid(overrides: Iterable[str]) -> list[list[str]]:
@@ -62,7 +62,7 @@ def grid(overrides: Iterable[str]) -> list[list[str]]:
 def expand(
     common: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], arguments: Sequence[str]
 ) -> list[tuple[list[str], list[str]]]:
-    """The jobs of a sweep as (all overrides, those of its axis), in the order of the file.
+    """The jobs of a sweep as (all overrides, those that set a job apart), in the order of the file.
 
     Args:
         common: parameters of every run, in sweep syntax.
@@ -75,10 +75,11 @@ def expand(
 
     given = {key(argument) for argument in arguments}
     shared = [f"{name}={value}" for name, value in common.items() if name not in given]
+    several = {key(override) for override in (*arguments, *shared) if len(grid([override])) > 1}
     jobs: list[tuple[list[str], list[str]]] = []
     for axis in axes or [{}]:
         varied = [f"{name}={value}" for name, value in axis.items() if name not in given]
-        names = {key(override) for override in varied}
+        names = several | {key(override) for override in varied}
         for overrides in grid([*arguments, *shared, *varied]):
             if (job := (overrides, [item for item in overrides if key(item) in names])) not in jobs:
                 jobs.append(job)
@@ -99,8 +100,7 @@ def jobs_of(
     """
     jobs: dict[str, Job] = {}
     for overrides, varied in expand(common, axes, arguments):
-        composed = loader.load_sweep_config(master, overrides).copy()
-        config = strict(without_hydra(composed))
+        config = strict(without_hydra(loader.load_sweep_config(master, overrides)))
         identity = run_id(config)
         jobs.setdefault(identity, Job(identity, config, tuple(overrides), tuple(varied)))
     return list(jobs.values())

@@ -11,6 +11,7 @@ from dptune.sweep import ROOT
 
 CACHE = ROOT / ".cache"
 
+# Pretraining takes minutes; whoever has run a sweep, as .ci/run does first, has it already.
 pytestmark = pytest.mark.skipif(
     not (CACHE / f"tiny-{_content_hash(Recipe())}").is_dir(),
     reason="the embedded backbone is not in .cache yet; `make sweep SWEEP=smoke` puts it there",

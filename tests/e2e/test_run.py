@@ -371,3 +371,37 @@ def test_what_is_no_causal_model_is_refused(kind: str, message: str, config: Con
     with pytest.raises(ConfigError, match=message):
         run.run(config)
     assert not Path(config.compute.output_root).exists()
+
+
+def test_an_engine_that_is_wrong_is_found_before_anything_is_spent(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dptune.privacy import gradients
+
+    class Doubled(gradients.HookEngine):
+        def __call__(self, batch):
+            losses, found = super().__call__(batch)
+            return losses, {name: 2 * value if ".o_proj." in name else value for name, value in found.items()}
+
+    monkeypatch.setitem(gradients.ENGINES, "hooks", Doubled)
+    record = run.run(config)
+    assert record.status == "failed" and record.error is not None
+    assert "o_proj" in record.error and "differs from the loop" in record.error
+    folder = Path(config.compute.output_root) / record.run_id
+    assert not (folder / "ledger.jsonl").exists() and not (folder / "history.jsonl").exists()
+
+
+def test_noise_keys_follow_data_plan_and_run(config: Config) -> None:
+    """The same seed must not draw the same noise for anything else: the difference would cancel it."""
+    from dptune.privacy.streams import Purpose
+
+    def key(**changes: object) -> str:
+        prepared = run.prepare(config, str(changes.pop("identity", "one")))
+        return prepared.keys.key_hash(Purpose.NOISE, 0)
+
+    first = key()
+    assert key() == first and key(identity="two") != first
+    config.data.seed = 1
+    other_data = key()
+    config.data.seed, config.hyperparameter.max_grad_norm = 0, 0.7
+    assert len({first, other_data, key()}) == 3

@@ -134,6 +134,7 @@ def test_conditions_are_record_wise_and_as_strong_as_they_say(tmp_path: Path) ->
 REAL = Path(os.environ.get("DPTUNE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
+# The data is not part of the repository: its licences differ and it is large.
 @pytest.mark.skipif(not REAL.is_dir(), reason="real instruction data is not here; DPTUNE_TEST_DATA can name its folder")
 @pytest.mark.parametrize(
     ("name", "train", "with_options", "with_users"),

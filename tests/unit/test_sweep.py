@@ -26,12 +26,12 @@ def test_axes_are_joined_and_the_reference_is_one_job() -> None:
         ["seed=0", "rank=2"],
         ["seed=1", "rank=2"],
     ]
-    assert jobs[2][1] == ["lr=0.1"]
+    assert jobs[2][1] == ["seed=0", "lr=0.1"]
 
 
 def test_the_command_line_wins_over_the_file() -> None:
     jobs = expand({"seed": "0,1"}, [{}, {"lr": "0.1,0.2"}], ["seed=7", "lr=0.3,0.4"])
-    assert [job for job, _ in jobs] == [["seed=7", "lr=0.3"], ["seed=7", "lr=0.4"]]
+    assert jobs == [(["seed=7", "lr=0.3"], ["lr=0.3"]), (["seed=7", "lr=0.4"], ["lr=0.4"])]
 
 
 @pytest.mark.parametrize("name", SWEEPS)

@@ -5,7 +5,7 @@ import pytest
 
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.selection import epsilon_all
-from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord
+from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord, read
 from dptune.report.tables import sweep_table, wilson, with_interval
 from dptune.sweep import Job, load
 
@@ -79,3 +79,24 @@ def test_wilson_against_its_published_form() -> None:
 def test_the_interval_over_runs_is_students() -> None:
     # Three values with standard deviation 0.1: half width 4.302653 * 0.1 / sqrt(3).
     assert with_interval([0.4, 0.5, 0.6], 10) == "0.500 [0.252, 0.748]"
+
+
+def test_the_largest_epsilon_of_a_setting_is_shown(tmp_path: Path) -> None:
+    jobs = [job for job in load("smoke", [f"compute.output_root={tmp_path}"]) if job.config.privacy.enabled]
+    for job, epsilon in zip(jobs, (7.1, 7.90001), strict=True):
+        finish(job, 0.8, tmp_path)
+        record = read(tmp_path / job.run_id)
+        assert record is not None and record.privacy is not None
+        record.privacy.epsilon = epsilon
+        record.write(tmp_path / job.run_id)
+    assert "| 7.901/8 |" in sweep_table("smoke", jobs)
+
+
+def test_values_swept_on_the_command_line_have_rows_of_their_own(tmp_path: Path) -> None:
+    """Different settings are never averaged."""
+    jobs = load("smoke", [f"compute.output_root={tmp_path}", "privacy.target_epsilon=1,2", "privacy=uniform"])
+    for job in jobs:
+        finish(job, 0.4 * float(job.config.privacy.target_epsilon or 0), tmp_path)
+    rows = [line for line in sweep_table("smoke", jobs).splitlines() if "target_epsilon" in line]
+    assert [row.split(" [")[0] for row in rows] == ["| target_epsilon=1 | 0.400", "| target_epsilon=2 | 0.800"]
+    assert all("(2)" in row for row in rows)
