@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dptune.data.encoding import collate, encode, prompt, token_log_probabilities
+from dptune.data.batches import Layout, collate, token_log_probabilities
+from dptune.data.encoding import Encoded, encode, prompt
 from dptune.data.schema import Example
 from dptune.records import Metrics
 
@@ -41,17 +42,19 @@ def judge(
     examples: Sequence[Example],
     seen_inputs: Collection[str] | None,
     *,
+    layout: Layout,
     sequence_length: int,
     batch_size: int,
 ) -> list[Judgement]:
     """One judgement an example, in their order.
 
     Args:
-        model: causal language model in evaluation mode.
+        model: language model in evaluation mode.
         tokenizer: its tokenizer.
         examples: what to judge on.
         seen_inputs: inputs of the training split; None when they are private, because telling which test inputs
             occur among them would tell about single training records.
+        layout: how the model reads an example.
         sequence_length: longest example in tokens.
         batch_size: sequences in one forward pass.
     """
@@ -65,7 +68,7 @@ def judge(
     order = sorted(range(len(rows)), key=lambda item: len(rows[item].tokens))
     for start in range(0, len(order), batch_size):
         piece = order[start : start + batch_size]
-        batch = collate([rows[item] for item in piece], tokenizer.pad_token_id, device)
+        batch = collate([rows[item] for item in piece], layout, device)
         for item, score in zip(piece, token_log_probabilities(model, batch).sum(dim=1).tolist(), strict=True):
             scores[item] = score
 
@@ -79,7 +82,7 @@ def judge(
     answers = {index: best[index][1] for index, example in enumerate(examples) if example.options}
     free = [index for index, example in enumerate(examples) if not example.options]
     answers |= zip(
-        free, greedy(model, tokenizer, [examples[i] for i in free], sequence_length, batch_size), strict=True
+        free, greedy(model, tokenizer, [examples[i] for i in free], layout, sequence_length, batch_size), strict=True
     )
     return [
         Judgement(
@@ -96,37 +99,35 @@ def greedy(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
+    layout: Layout,
     sequence_length: int,
     batch_size: int,
 ) -> list[str]:
     """Greedy output of each example, cut at the end-of-sequence token or after `MAX_NEW_TOKENS`."""
     if not examples:
         return []  # The tokenizer does not take an empty list.
+    # A row without a response is a prompt.
+    texts = [prompt(example.instruction, example.input) for example in examples]
+    tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [Encoded(tuple(row[-sequence_length:]), 0) for row in tokens]
+    outputs = [""] * len(rows)
     device = next(model.parameters()).device
-    prompts = tokenizer([prompt(example.instruction, example.input) for example in examples], add_special_tokens=False)[
-        "input_ids"
-    ]
-    outputs = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda item: len(prompts[item]))
+    order = sorted(range(len(rows)), key=lambda item: len(rows[item].tokens))
     for start in range(0, len(order), batch_size):
         piece = order[start : start + batch_size]
-        width = min(max(len(prompts[item]) for item in piece), sequence_length)
-        tokens = torch.full((len(piece), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(tokens)
-        for row, item in enumerate(piece):
-            kept = prompts[item][-width:]
-            tokens[row, width - len(kept) :] = torch.tensor(kept)
-            mask[row, width - len(kept) :] = 1
+        batch = collate([rows[item] for item in piece], layout, device)
         generated = model.generate(  # type: ignore[operator]
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-        for item, text in zip(piece, texts, strict=True):
+        # A decoder repeats what it read; the decoder of an encoder-decoder begins with its start token.
+        read = 1 if layout.architecture == "encoder_decoder" else batch["input_ids"].shape[1]
+        written = tokenizer.batch_decode(generated[:, read:], skip_special_tokens=True)
+        for item, text in zip(piece, written, strict=True):
             outputs[item] = text
     return outputs
 

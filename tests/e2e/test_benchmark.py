@@ -6,14 +6,14 @@ import pytest
 
 from dptune import run
 from dptune.config import Config
-from dptune.models.tiny import Recipe, _content_hash
+from dptune.models.tiny import Recipe, content_hash
 from dptune.sweep import ROOT
 
 CACHE = ROOT / ".cache"
 
 # Pretraining takes minutes; whoever has run a sweep, as .ci/run does first, has it already.
 pytestmark = pytest.mark.skipif(
-    not (CACHE / f"tiny-{_content_hash(Recipe())}").is_dir(),
+    not (CACHE / f"tiny-{content_hash(Recipe())}").is_dir(),
     reason="the embedded backbone is not in .cache yet; `make sweep SWEEP=smoke` puts it there",
 )
 

@@ -7,16 +7,17 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from dptune.data.encoding import (
+from dptune.data.batches import (
     IGNORED,
-    Encoded,
+    Layout,
     collate,
-    encode,
     example_losses,
     physical_batches,
-    prompt,
     token_log_probabilities,
 )
+from dptune.data.encoding import Encoded, encode, prompt
+
+LAYOUT = Layout(pad=0)
 
 PAIRS = [
     (prompt("which team ?", "reset my code"), "support"),
@@ -46,7 +47,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_a_long_response_from_the_right(t
 
 def test_a_batch_is_padded_on_the_left(tokenizer) -> None:
     rows = encode(PAIRS, tokenizer, 64)
-    batch = collate(rows, pad=0)
+    batch = collate(rows, LAYOUT)
     for index, row in enumerate(rows):
         assert batch["input_ids"][index, -len(row.tokens) :].tolist() == list(row.tokens)
         assert batch["attention_mask"][index].sum() == len(row.tokens)
@@ -58,7 +59,7 @@ def test_the_loss_is_the_mean_over_the_examples_own_response(tokenizer) -> None:
     """Against a forward pass of each example alone, without padding, over all logits."""
     model = tiny_llama().double().eval()
     rows = encode(PAIRS, tokenizer, 64)
-    losses = example_losses(model, collate(rows, pad=0))
+    losses = example_losses(model, collate(rows, LAYOUT))
     for row, loss in zip(rows, losses, strict=True):
         logits = model(torch.tensor([row.tokens])).logits[0].log_softmax(-1)
         places = range(len(row.tokens) - row.response, len(row.tokens))
@@ -69,7 +70,7 @@ def test_the_loss_is_the_mean_over_the_examples_own_response(tokenizer) -> None:
 def test_an_example_without_response_has_no_loss_and_no_gradient(tokenizer) -> None:
     model = tiny_llama()
     rows = [Encoded((5, 6, 7), 0), *encode(PAIRS[:1], tokenizer, 64)]
-    losses = example_losses(model, collate(rows, pad=0))
+    losses = example_losses(model, collate(rows, LAYOUT))
     assert losses[0].item() == 0.0 and losses[1].item() > 0
     losses[0].backward()
     assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
@@ -78,8 +79,8 @@ def test_an_example_without_response_has_no_loss_and_no_gradient(tokenizer) -> N
 def test_log_probabilities_do_not_depend_on_the_rest_of_the_batch(tokenizer) -> None:
     model = tiny_llama().eval()
     rows = encode(PAIRS, tokenizer, 64)
-    alone = token_log_probabilities(model, collate(rows[1:2], pad=0)).sum()
-    together = token_log_probabilities(model, collate(rows, pad=0))[1].sum()
+    alone = token_log_probabilities(model, collate(rows[1:2], LAYOUT)).sum()
+    together = token_log_probabilities(model, collate(rows, LAYOUT))[1].sum()
     assert together.item() == pytest.approx(alone.item(), abs=1e-5)
 
 
@@ -111,7 +112,6 @@ def test_the_loss_equals_its_reference_vector(name: str) -> None:
     mask = torch.tensor(vector["inputs"]["response_mask"], dtype=torch.bool)
     batch = {
         "input_ids": torch.zeros(1, len(mask) + 1, dtype=torch.long),
-        "attention_mask": torch.ones(1, len(mask) + 1, dtype=torch.long),
         "labels": torch.where(mask, 0, IGNORED)[None],
     }
     found = example_losses(lambda **_: SimpleNamespace(logits=logits), batch)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import tiny_llama
 
+from dptune.data.batches import Layout
 from dptune.data.encoding import encode, prompt
 from dptune.data.schema import Example
 from dptune.evaluation import Judgement, greedy, judge, normalised, summarise
 
+LAYOUT = Layout(pad=0)
 EXAMPLES = [
     Example(
         "team",
@@ -36,7 +38,7 @@ def test_options_are_ranked_by_summed_log_likelihood(tokenizer) -> None:
     correct = []
     for seed in range(6):
         model = tiny_llama(seed).eval()
-        judgements = judge(model, tokenizer, EXAMPLES, {"kim 12"}, sequence_length=64, batch_size=2)
+        judgements = judge(model, tokenizer, EXAMPLES, {"kim 12"}, layout=LAYOUT, sequence_length=64, batch_size=2)
         for example, judgement in list(zip(EXAMPLES, judgements, strict=True))[:2]:
             scores = {option: summed(model, tokenizer, example, option) for option in example.options}
             assert judgement.correct == (max(scores, key=scores.__getitem__) == example.output)
@@ -49,8 +51,8 @@ def test_options_are_ranked_by_summed_log_likelihood(tokenizer) -> None:
 
 def test_greedy_output_does_not_depend_on_the_batch(tokenizer) -> None:
     model = tiny_llama().eval()
-    together = greedy(model, tokenizer, EXAMPLES, 64, 3)
-    alone = [greedy(model, tokenizer, [example], 64, 1)[0] for example in EXAMPLES]
+    together = greedy(model, tokenizer, EXAMPLES, LAYOUT, 64, 3)
+    alone = [greedy(model, tokenizer, [example], LAYOUT, 64, 1)[0] for example in EXAMPLES]
     assert together == alone and any(together)
 
 
@@ -59,7 +61,7 @@ def test_free_form_answers_match_after_normalisation(tokenizer, monkeypatch: pyt
 
     for output, expected in [(" 12.", True), ("12\n", True), ("1 2", False), ("", False)]:
         monkeypatch.setattr(evaluation, "greedy", lambda *_, output=output: [output])
-        found = judge(tiny_llama().eval(), tokenizer, EXAMPLES[2:], (), sequence_length=64, batch_size=4)
+        found = judge(tiny_llama().eval(), tokenizer, EXAMPLES[2:], (), layout=LAYOUT, sequence_length=64, batch_size=4)
         assert found[0].correct is expected
     assert normalised("  Two  Words. ") == "two words"
 
@@ -78,7 +80,7 @@ def test_metrics_are_macro_averages() -> None:
 
 
 def test_what_occurs_in_private_training_data_is_not_told(tokenizer) -> None:
-    found = judge(tiny_llama().eval(), tokenizer, EXAMPLES, None, sequence_length=64, batch_size=4)
+    found = judge(tiny_llama().eval(), tokenizer, EXAMPLES, None, layout=LAYOUT, sequence_length=64, batch_size=4)
     metrics = summarise(found)
     assert {item.unseen for item in found} == {None}
     assert metrics.accuracy_unseen is None and metrics.n_unseen is None
@@ -86,5 +88,5 @@ def test_what_occurs_in_private_training_data_is_not_told(tokenizer) -> None:
 
 @pytest.mark.parametrize("kept", [slice(0, 2), slice(2, 3)], ids=["options only", "free form only"])
 def test_data_of_one_kind_only_is_judged(kept: slice, tokenizer) -> None:
-    found = judge(tiny_llama().eval(), tokenizer, EXAMPLES[kept], (), sequence_length=64, batch_size=4)
+    found = judge(tiny_llama().eval(), tokenizer, EXAMPLES[kept], (), layout=LAYOUT, sequence_length=64, batch_size=4)
     assert [item.task for item in found] == [example.task for example in EXAMPLES[kept]]

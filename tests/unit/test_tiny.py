@@ -22,7 +22,7 @@ SMALL = Recipe(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return load_tiny(tmp_path_factory.mktemp("cache"), recipe=SMALL)
+    return load_tiny(tmp_path_factory.mktemp("cache"), SMALL)
 
 
 def test_the_folder_loads_offline_in_hugging_face_format(folder, monkeypatch):
@@ -81,7 +81,7 @@ def test_the_loss_is_the_mean_of_each_example_by_itself(folder, prompt_weight):
 
 def test_training_lowers_the_loss_and_reports_it(tmp_path):
     lines: list[str] = []
-    load_tiny(tmp_path, progress=lines.append, recipe=replace(SMALL, steps=100, learning_rate=1e-2))
+    load_tiny(tmp_path, replace(SMALL, steps=100, learning_rate=1e-2), progress=lines.append)
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
     assert lines[0].startswith("pretraining tiny: step 50/100, loss ")
     assert lines[0].endswith("s left")
@@ -93,15 +93,15 @@ def test_the_cache_is_used_and_keyed_by_the_recipe(folder, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(tiny, "_pretrain", refuse)
-    assert load_tiny(folder.parent, recipe=SMALL) == folder
+    assert load_tiny(folder.parent, SMALL) == folder
     with pytest.raises(AssertionError, match="trained again"):
-        load_tiny(folder.parent, recipe=replace(SMALL, steps=4))
+        load_tiny(folder.parent, replace(SMALL, steps=4))
 
 
 def test_training_again_gives_the_same_bits(folder, tmp_path):
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    again = load_tiny(tmp_path, recipe=SMALL)
+    again = load_tiny(tmp_path, SMALL)
     assert again.name == folder.name
     for name in ("model.safetensors", "tokenizer.json"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
@@ -113,9 +113,9 @@ def test_an_interrupted_pretraining_leaves_no_folder(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_tiny(tmp_path, progress=interrupt, recipe=SMALL)
+        load_tiny(tmp_path, SMALL, progress=interrupt)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert load_tiny(tmp_path, recipe=SMALL).is_dir()
+    assert load_tiny(tmp_path, SMALL).is_dir()
 
 
 def test_threads_that_ask_at_once_get_one_folder(tmp_path, monkeypatch):
@@ -128,14 +128,14 @@ def test_threads_that_ask_at_once_get_one_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tiny, "_pretrain", counted)
     with ThreadPoolExecutor(3) as pool:
-        folders = set(pool.map(lambda _: load_tiny(tmp_path, recipe=SMALL), range(3)))
+        folders = set(pool.map(lambda _: load_tiny(tmp_path, SMALL), range(3)))
     assert len(folders) == len(trained) == 1
 
 
 def test_processes_that_ask_at_once_get_one_folder(tmp_path):
     program = (
         "import sys, pathlib; from dptune.models.tiny import Recipe, load_tiny;"
-        f"print(load_tiny(pathlib.Path(sys.argv[1]), recipe={SMALL!r}, progress=print))"
+        f"print(load_tiny(pathlib.Path(sys.argv[1]), {SMALL!r}, progress=print))"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -160,7 +160,7 @@ def test_tokenizer_and_weights_see_public_records_only(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "train_tokenizer", train_seen)
     monkeypatch.setattr(tiny, "encode_examples", encode_seen)
     monkeypatch.setattr(supportdesk, "generate", lambda *_: pytest.fail("private records were generated"))
-    load_tiny(tmp_path, recipe=SMALL)
+    load_tiny(tmp_path, SMALL)
     assert len(seen) == 2 * SMALL.records
     assert {record.split for record in seen} == {"public"}
     assert {record.user.split("-")[0] for record in seen} <= set(supportdesk.PUBLIC_ORGANISATIONS)

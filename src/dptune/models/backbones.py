@@ -5,15 +5,27 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from dptune.config import ConfigError, ModelConfig
+from dptune.data.batches import Architecture, Layout
 
 
 @dataclass(frozen=True)
@@ -24,26 +36,30 @@ class Backbone:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     """Hash of the weights."""
+    layout: Layout
+    """How it reads an example."""
 
 
 def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -> Backbone:
     """A fresh copy of a frozen backbone in evaluation mode; the files are read once per process.
 
     Raises:
-        ConfigError: when the folder holds no causal language model with a tokenizer, or the device does not exist.
+        ConfigError: when the folder holds no language model with a tokenizer, or the device does not exist.
     """
     check_device(device)
     transformers_logging.disable_progress_bar()
     if config.path is not None:
         folder = Path(config.path)
     else:
-        from dptune.models.tiny import load_tiny
+        from dptune.models.tiny import RECIPES, load_tiny
 
-        folder = load_tiny(cache_dir, progress=lambda line: print(line, file=sys.stderr, flush=True))
+        folder = load_tiny(
+            cache_dir, RECIPES[config.name], progress=lambda line: print(line, file=sys.stderr, flush=True)
+        )
     loaded = _read(folder.resolve(), precision)
     # The adapter is injected into the module tree, so that every run needs a tree of its own.
     model: torch.nn.Module = copy.deepcopy(loaded.model)
-    return Backbone(model.to(torch.device(device)), loaded.tokenizer, loaded.fingerprint)
+    return Backbone(model.to(torch.device(device)), loaded.tokenizer, loaded.fingerprint, loaded.layout)
 
 
 @torch.no_grad()
@@ -67,28 +83,77 @@ def check_device(name: str) -> None:
 def _read(folder: Path, precision: str) -> Backbone:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        architecture = architecture_of(AutoConfig.from_pretrained(folder, local_files_only=True))
+        model, report = CLASSES[architecture].from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
             dtype=getattr(torch, precision),
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"model.path={folder} holds no causal language model with safetensors weights and a tokenizer: {reason}"
+            f"model.path={folder} holds no language model with safetensors weights and a tokenizer: {reason}"
         ) from None
+    if report["missing_keys"]:
+        raise ConfigError(
+            f"model.path={folder} has no weights for {sorted(report['missing_keys'])[0]}: it was saved without its "
+            "language-model head; take a checkpoint that has one"
+        )
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path={folder}: the tokenizer has no end-of-sequence token; set one in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if architecture == "encoder" and tokenizer.mask_token_id is None:
+        raise ConfigError(f"model.path={folder}: the tokenizer has no mask token, with which an encoder is asked")
     # An adapter is made to be passed on: PEFT writes this name into it, and it must not be a path of this machine.
     model.name_or_path = model.config._name_or_path = folder.name
     model.requires_grad_(False).eval()
-    if not is_causal(model):
+    if architecture == "decoder" and not is_causal(model):
         raise ConfigError(f"model.path={folder} reads ahead: an encoder cannot be trained as a causal language model")
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return Backbone(model, tokenizer, digest.hexdigest()[:16])
+    return Backbone(model, tokenizer, digest.hexdigest()[:16], layout_of(model, tokenizer))
+
+
+CLASSES: dict[Architecture, Any] = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModelForMaskedLM,
+    "encoder_decoder": AutoModelForSeq2SeqLM,
+}
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """What kind of model a config describes; a masked language model is an encoder."""
+    if config.is_encoder_decoder:
+        return "encoder_decoder"
+    names = config.architectures or []
+    masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
+    return "encoder" if masked else "decoder"
+
+
+def layout_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """How a backbone reads an example."""
+    architecture = architecture_of(model.config)
+    positions: int | None = 0
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        positions = None
+    elif architecture == "encoder":
+        # RoBERTa and its kin count from after the padding token's number, and say so in their position table.
+        table = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+        padding = getattr(table[0], "padding_idx", None) if table else None
+        positions = 0 if padding is None else padding + 1
+    return Layout(
+        pad=tokenizer.pad_token_id,
+        architecture=architecture,
+        prefix=(tokenizer.cls_token_id,) if architecture == "encoder" and tokenizer.cls_token_id is not None else (),
+        end=tokenizer.eos_token_id,
+        mask=tokenizer.mask_token_id,
+        start=model.config.decoder_start_token_id if architecture == "encoder_decoder" else None,
+        first_position=positions,
+    )

@@ -1,7 +1,7 @@
-"""The embedded backbone `tiny`: a Llama of a million parameters, pretrained on public data at first use.
+"""The embedded backbones: Llamas of a million parameters and less, pretrained on public data at first use.
 
-It needs no network. Tokenizer and weights come from the public split of the embedded support desk alone, not
-from the `dev` or `private` organisation, so that using it costs no privacy budget.
+They need no network. Tokenizer and weights come from the public split of the embedded support desk alone, not
+from the `dev` or `private` organisation, so that using them costs no privacy budget.
 """
 
 import hashlib
@@ -34,6 +34,9 @@ from dptune.data.schema import Example
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything that decides the weights, besides the public data and the versions of the libraries."""
+
+    name: str = "tiny"
+    """What the backbone is called."""
 
     vocabulary: int = 2048
     """Size of the byte-level BPE vocabulary, special tokens included."""
@@ -81,22 +84,28 @@ class Recipe:
     """Threads to train with: fixed, because the order of floating-point sums depends on it."""
 
 
-def load_tiny(cache_dir: Path, *, progress: Callable[[str], None] | None = None, recipe: Recipe | None = None) -> Path:
-    """Folder of the backbone in Hugging Face format; pretrains it when the cache does not hold it.
+RECIPES = {
+    "tiny": Recipe(),
+    "nano": Recipe(name="nano", layers=2, width=64, feed_forward=192, learning_rate=6e-3),
+}
+"""The embedded backbones by name: of a million and of a quarter of a million parameters."""
+
+
+def load_tiny(cache_dir: Path, recipe: Recipe, *, progress: Callable[[str], None] | None = None) -> Path:
+    """Folder of an embedded backbone in Hugging Face format; pretrains it when the cache does not hold it.
 
     The folder is named by a hash of all that decides its content and appears in one piece. Of several
     processes that ask at once one pretrains and the others wait.
 
     Args:
         cache_dir: Folder of the cache; made when missing.
+        recipe: How to make it.
         progress: Called with a line about step, loss and time left now and then.
-        recipe: Another recipe than the default.
 
     Returns:
         A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
     """
-    recipe = recipe or Recipe()
-    name = f"tiny-{_content_hash(recipe)}"
+    name = f"{recipe.name}-{content_hash(recipe)}"
     folder = cache_dir / name
     if folder.is_dir():
         return folder
@@ -140,7 +149,7 @@ def _text(record: Example) -> tuple[str, str]:
     return prompt(record.instruction, record.input), f" {record.output}"
 
 
-def _content_hash(recipe: Recipe) -> str:
+def content_hash(recipe: Recipe) -> str:
     """Short hash of the recipe, of the code that makes text, tokens and weights, and of the libraries' versions."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "faker")}
     digest = hashlib.sha256(json.dumps([asdict(recipe), versions]).encode())
@@ -175,7 +184,7 @@ def _pretrain(
             recent = loss.item() if step == 1 else 0.95 * recent + 0.05 * loss.item()
             if step % 50 == 0 or step == recipe.steps:
                 left = (time.monotonic() - start) * (recipe.steps / step - 1)
-                progress(f"pretraining tiny: step {step}/{recipe.steps}, loss {recent:.3f}, {left:.0f} s left")
+                progress(f"pretraining {recipe.name}: step {step}/{recipe.steps}, loss {recent:.3f}, {left:.0f} s left")
     return model.eval()
 
 
