@@ -55,6 +55,13 @@ def test_events_follow_from_the_plan() -> None:
     assert plan(one_shot=(paid,)).events(0) == (paid,)
 
 
+@pytest.mark.parametrize("kind", ["constant", "cosine"])
+def test_a_plan_without_steps_releases_nothing(kind: str) -> None:
+    built = plan(steps=0, schedule=Schedule(kind, 0.5))
+    assert built.events() == () and built.epsilon() == 0.0 and built.side_by_side() == {}
+    assert built.noise_multipliers().shape == (0,)
+
+
 def test_epsilon_is_the_reference_and_grows_with_steps() -> None:
     built = plan()
     spent = [built.epsilon(steps) for steps in (0, 10, 25, 50)]
@@ -166,7 +173,7 @@ def test_unknown_and_missing_keys_are_refused() -> None:
         ({"sampling": "shuffle"}, "shuffled"),
         ({"num_units": 0}, "num_units"),
         ({"num_units": 4000.0}, "num_units"),
-        ({"steps": 0}, "steps"),
+        ({"steps": -1}, "steps"),
         ({"steps": True}, "steps"),
         ({"expected_batch_size": 4001}, "expected_batch_size"),
         ({"expected_batch_size": 0}, "expected_batch_size"),

@@ -15,11 +15,13 @@ from dptune.privacy.mechanism import Mechanism
 from dptune.privacy.plan import Allocation, Clipping, PrivacyPlan
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.privacy.subspace import (
+    Carriers,
     PaidSubspace,
     Subspace,
     adam_bc,
     ema,
     gavish_donoho,
+    gradient_carriers,
     james_stein,
     principal_subspace,
     random_subspace,
@@ -146,6 +148,177 @@ def test_wrong_bases_are_refused():
         Subspace(GROUPS, (torch.zeros(30, 31), torch.zeros(3, 1)))
 
 
+# --- gradient carriers
+
+MATRICES = (
+    Group("x", ("x.w", "x.b"), 9 * 7 + 9, ((9, 7), (9,))),
+    Group("y", ("y.w", "y.small"), 5 * 12 + 4 * 2, ((5, 12), (4, 2))),
+)
+CARRIED = {"x.w": (9, 7), "y.w": (5, 12)}
+
+
+def matrices_of(rows, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"x.w": (9, 7), "x.b": (9,), "y.w": (5, 12), "y.small": (4, 2)}
+    return {
+        n: scale * torch.randn(rows, *shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()
+    }
+
+
+def carriers(rank=2, step=0, update=None):
+    return gradient_carriers(MATRICES, rank, KEYS.stream(Purpose.PROJECTION, step=step), update)
+
+
+@pytest.mark.parametrize("update", [None, "full", "rank one", "zero"])
+def test_carriers_are_orthonormal(update):
+    sums = None if update is None else row(matrices_of(1), 0)
+    if update == "rank one":
+        sums = {n: torch.ones_like(v) for n, v in sums.items()}
+    elif update == "zero":
+        sums = {n: torch.zeros_like(v) for n, v in sums.items()}
+    made = carriers(update=sums)
+    assert {name: (len(left), right.shape[1]) for name, (left, right) in made.pairs.items()} == CARRIED
+    for left, right in made.pairs.values():
+        for columns in (left, right.mT):
+            assert torch.allclose(columns.mT @ columns, torch.eye(2, dtype=torch.float64), atol=1e-12)
+
+
+def test_coordinates_are_the_gradients_of_the_carriers():
+    """Of the loss <G, W' + L R>, whose gradient by W is G, by autograd; and the groups have their shapes."""
+    made, batch = carriers(), matrices_of(3)
+    coordinates = made.project(batch)
+    assert made.reduced_groups == (
+        Group("x", ("x.w left", "x.w right", "x.b"), 18 + 14 + 9, ((9, 2), (2, 7), (9,))),
+        Group("y", ("y.w left", "y.w right", "y.small"), 10 + 24 + 8, ((5, 2), (2, 12), (4, 2))),
+    )
+    for i in range(3):
+        for name in CARRIED:
+            left, right = (carrier.clone().requires_grad_() for carrier in made.pairs[name])
+            (batch[name][i] * (left @ right)).sum().backward()
+            torch.testing.assert_close(coordinates[f"{name} left"][i], left.grad)
+            torch.testing.assert_close(coordinates[f"{name} right"][i], right.grad)
+    for name in ("x.b", "y.small"):  # no matrix, and a matrix that 2 (4 + 2) coordinates would enlarge
+        assert torch.equal(coordinates[name], batch[name])
+    single = made.project({name: value.float() for name, value in batch.items()})
+    assert {value.dtype for value in single.values()} == {torch.float32}
+    torch.testing.assert_close(single["x.w left"].double(), coordinates["x.w left"], atol=1e-5, rtol=1e-5)
+
+
+def test_lifting_is_the_formula_of_the_paper():
+    """Entry by entry in numpy, of coordinates that are no projection of anything."""
+    made, generator = carriers(), torch.Generator().manual_seed(3)
+    released = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for group in made.reduced_groups
+        for name, shape in zip(group.parameters, group.shapes, strict=True)
+    }
+    lifted = made.lift(released)
+    for name, (rows, columns) in CARRIED.items():
+        left, right = (carrier.numpy() for carrier in made.pairs[name])
+        of_left, of_right = released[f"{name} left"].numpy(), released[f"{name} right"].numpy()
+        expected = np.zeros((rows, columns))
+        for i in range(rows):
+            for j in range(columns):
+                for a in range(2):
+                    expected[i, j] += of_left[i, a] * right[a, j] + left[i, a] * of_right[a, j]
+                    for b in range(2):
+                        inner = sum(left[k, a] * of_left[k, b] for k in range(rows))
+                        expected[i, j] -= left[i, a] * inner * right[b, j]
+        np.testing.assert_allclose(lifted[name].numpy(), expected, atol=1e-6)
+        assert lifted[name].dtype == torch.float32
+    assert torch.equal(lifted["x.b"], released["x.b"].float())
+    assert torch.equal(lifted["y.small"], released["y.small"].float())
+
+
+def test_lifting_a_projected_gradient_keeps_what_touches_the_carriers():
+    made, batch = carriers(), matrices_of(1, seed=4)
+    lifted = made.lift(row(made.project(batch), 0))
+    for name in CARRIED:
+        left, right = (carrier.numpy() for carrier in made.pairs[name])
+        gradient = batch[name][0].numpy()
+        lost = (np.eye(len(left)) - left @ left.T) @ gradient @ (np.eye(right.shape[1]) - right.T @ right)
+        np.testing.assert_allclose(lifted[name].numpy(), gradient - lost, atol=1e-6)
+        assert np.linalg.norm(lost) > 0.1
+        # A gradient with its columns in L, or its rows in R, is in the span: nothing of it is lost.
+        for inside in (left @ gradient[:2], gradient[:, :2] @ right):
+            one = {**batch, name: torch.from_numpy(inside)[None]}
+            np.testing.assert_allclose(made.lift(row(made.project(one), 0))[name].numpy(), inside, atol=1e-6)
+
+
+def test_one_power_iteration_from_the_random_carriers():
+    """Column spaces by their projectors, from the normal equations in numpy; a low-rank update is found at once."""
+
+    def span(columns):
+        return columns @ np.linalg.solve(columns.T @ columns, columns.T)
+
+    update = row(matrices_of(1, seed=5), 0)
+    start, made = carriers(step=7), carriers(step=7, update=update)
+    for name in CARRIED:
+        matrix, (left, right) = update[name].numpy(), made.pairs[name]
+        expected = span(matrix @ start.pairs[name][1].numpy().T)
+        np.testing.assert_allclose(span(left.numpy()), expected, atol=1e-9)
+        np.testing.assert_allclose(span(right.numpy().T), span(matrix.T @ left.numpy()), atol=1e-9)
+    low = {n: v[:, :2] @ v[:2] if v.ndim == 2 else v for n, v in update.items()}
+    made = carriers(update=low)
+    for name in CARRIED:
+        left, right = made.pairs[name]
+        np.testing.assert_allclose((left @ left.mT @ low[name] @ right.mT @ right).numpy(), low[name], atol=1e-9)
+
+
+def test_carriers_are_reproduced_by_their_stream_and_the_update():
+    update = row(matrices_of(1), 0)
+    for given in (None, update):
+        for one, same in zip(carriers(update=given).pairs.values(), carriers(update=given).pairs.values(), strict=True):
+            assert torch.equal(one[0], same[0]) and torch.equal(one[1], same[1])
+    scaled = carriers(update={n: 8.0 * v for n, v in update.items()})
+    assert torch.allclose(scaled.pairs["x.w"][0], carriers(update=update).pairs["x.w"][0], atol=1e-12)
+    assert not torch.allclose(carriers(step=0).pairs["x.w"][0], carriers(step=1).pairs["x.w"][0])
+
+
+@pytest.mark.parametrize("clipping", ["flat", "group"])
+@pytest.mark.parametrize("scale", [1e3, 0.03])
+def test_one_record_moves_the_coordinates_by_the_clip_at_most(clipping, scale):
+    """With and without one record at the same noise, against clipping by hand in the coordinates."""
+    plan = PrivacyPlan(
+        num_units=100,
+        expected_batch_size=10.0,
+        steps=1,
+        delta=1e-3,
+        noise_multiplier=0.5,
+        max_grad_norm=1.0,
+        clipping=Clipping(clipping),
+        noise_mode="reproducible",
+    )
+    made, batch, released = carriers(), matrices_of(4, scale=scale), []
+    for rows in (4, 3):
+        mechanism = Mechanism(plan, made.reduced_groups, KEYS)
+        mechanism.accumulate(made.project({name: value[:rows] for name, value in batch.items()}))
+        released.append(mechanism.release(0))
+    moved = {n: 10.0 * (v - released[1].gradients[n]).double() for n, v in released[0].gradients.items()}
+    coordinates = row(made.project(batch), 3)
+    parts = [group.parameters for group in made.reduced_groups]
+    bound, clipped_together = (1.0, [parts[0] + parts[1]]) if clipping == "flat" else (math.sqrt(0.5), parts)
+    for names in clipped_together:
+        norm = math.sqrt(sum(float(coordinates[name].square().sum()) for name in names))
+        factor = min(1.0, bound / norm) * MARGIN
+        for name in names:
+            assert torch.allclose(moved[name], factor * coordinates[name], atol=5e-4)  # the released grid
+        assert sum(float(moved[name].square().sum()) for name in names) <= bound**2 * (1 + 1e-3)
+    assert released[0].noise_std == pytest.approx({"x": 0.05, "y": 0.05})
+
+
+def test_carriers_that_do_not_fit_are_refused():
+    left, right = carriers().pairs["x.w"]
+    for pair in ((left[1:], right), (left, right[:, 1:]), (left[:, 1:], right)):
+        with pytest.raises(ValueError, match=r"expected \(out, r\) and \(r, in\)"):
+            Carriers(MATRICES, {"x.w": pair})
+    with pytest.raises(ValueError, match="lower the rank"):
+        carriers(rank=4)
+
+
+# --- private subspaces
+
+
 def test_one_record_moves_the_paid_second_moment_by_at_most_one():
     """Frobenius norm over all groups, against a loop; large, small and broken gradients."""
     for scale in (1e-3, 0.3, 1e4):
@@ -257,6 +430,8 @@ def test_james_stein_has_less_error_than_the_release():
 def test_a_subspace_of_private_gradients_must_be_in_the_plan():
     with pytest.raises(ValueError, match="must be paid for"):
         PaidSubspace(GROUPS, paying(), KEYS)
+    with pytest.raises(ValueError, match="train fewer parameters"):
+        PaidSubspace([Group("embedding", ("embedding",), 1 << 15)], paying(Event(5.0, 1.0)), KEYS)
     with pytest.raises(ValueError, match="keys are reproducible"):
         PaidSubspace(GROUPS, paying(Event(5.0, 1.0), noise_mode="secure"), KEYS)
     assert paying(Event(5.0, 1.0)).epsilon() > paying().epsilon()

@@ -58,9 +58,9 @@ def _within(name: str, value: float, low: float, high: float) -> None:
         raise PlanError(f"{name} must lie between {low:g} and {high:g}, not {value}")
 
 
-def _at_least_one(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PlanError(f"{name} must be an integer of at least 1, not {value!r}")
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise PlanError(f"{name} must be an integer of at least {least}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class PrivacyPlan:
     Attributes:
         num_units: N, the public number of sampled units: examples, or users for ``user_uls``.
         expected_batch_size: L = q N, the public divisor of the noised sum.
-        steps: number of releases T.
+        steps: number of releases T; with 0 nothing is released and epsilon is 0.
         delta: fixed before training, at most 1/N; 1/(10 N) or less is the usual choice.
         private: False for the same loop without clip and noise.
         noise_multiplier: sigma where the schedule's factor is 1; 0 if and only if not private.
@@ -183,8 +183,8 @@ class PrivacyPlan:
     noise_mode: NoiseMode = "secure"
 
     def __post_init__(self) -> None:
-        _at_least_one("num_units", self.num_units)
-        _at_least_one("steps", self.steps)
+        _at_least("num_units", self.num_units, 1)
+        _at_least("steps", self.steps, 0)
         _one_of("unit", self.unit, Unit)
         _one_of("grouping", self.grouping, Grouping)
         _one_of("noise_mode", self.noise_mode, NoiseMode)
@@ -207,7 +207,7 @@ class PrivacyPlan:
         if self.unit != "example":
             if self.examples_per_user is None:
                 raise PlanError(f"unit {self.unit} needs examples_per_user, the public cap of rows of one user")
-            _at_least_one("examples_per_user", self.examples_per_user)
+            _at_least("examples_per_user", self.examples_per_user, 1)
         if self.private:
             self._check_private()
         elif self.noise_multiplier != 0 or self.max_grad_norm != math.inf or self.quantile or self.one_shot:
@@ -291,8 +291,8 @@ class PrivacyPlan:
         return accounting.epsilon(events, self.delta) if events else 0.0
 
     def side_by_side(self) -> dict[str, Reported]:
-        """Epsilon of the whole plan by every accountant (SPECIFICATION.md 7); empty if not private."""
-        return accounting.side_by_side(self.events(), self.delta) if self.private else {}
+        """Epsilon of the whole plan by every accountant (SPECIFICATION.md 7); empty without releases."""
+        return accounting.side_by_side(events, self.delta) if (events := self.events()) else {}
 
     def calibrate(self, target_epsilon: float) -> PrivacyPlan:
         """Return the plan with the smallest noise multiplier (1e-4 grid) whose epsilon is at most the target.

@@ -50,7 +50,7 @@ class Schedule:
 
     def factors(self, steps: int) -> Array:
         """Factor of the noise multiplier at each step, shape (steps,), constant within each block."""
-        if self.kind == "constant":
+        if self.kind == "constant" or not steps:
             return np.ones(steps)
         parts = np.array_split(self.shape(steps), min(self.blocks, steps))
         return np.concatenate([np.full(part.size, part.mean()) for part in parts])

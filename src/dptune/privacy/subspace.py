@@ -88,8 +88,130 @@ def random_subspace(groups: Sequence[Group], k: int, stream: Stream) -> Subspace
     bases = []
     for group in groups:
         shape = (group.dimension, min(k, group.dimension))
-        bases.append(torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q)
+        bases.append(_orthonormal(torch.randn(shape, generator=generator, dtype=torch.float64)))
     return Subspace(tuple(groups), tuple(bases))
+
+
+@dataclass(frozen=True)
+class Carriers:
+    """Low-rank gradient carriers of each matrix: the coordinates of RGP (5 c4; Yu et al. 2021, 2106.09352).
+
+    The gradient G (out, in) of W = W' + L R with respect to L is G R^T and with respect to R it is L^T G; those
+    r (out + in) numbers are what is clipped and noised. What is no matrix, or too small a matrix to have fewer
+    coordinates that way, keeps its own.
+
+    Like the bases of a `Subspace`, carriers must be public or a function of released quantities.
+
+    Attributes:
+        groups: The groups of the full parameters.
+        pairs: By parameter L (out, r) with orthonormal columns and R (r, in) with orthonormal rows, float64.
+    """
+
+    groups: tuple[Group, ...]
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+
+    def __post_init__(self) -> None:
+        shapes = _shapes(self.groups)
+        for name, (left, right) in self.pairs.items():
+            if (len(left), *right.shape[1:]) != shapes.get(name) or left.shape[1:] != right.shape[:1]:
+                raise ValueError(
+                    f"carriers of {name!r} have shapes {tuple(left.shape)} and {tuple(right.shape)};"
+                    " expected (out, r) and (r, in)"
+                )
+
+    @property
+    def reduced_groups(self) -> tuple[Group, ...]:
+        """Groups of the same names, in which the two halves of its coordinates replace a matrix."""
+        reduced = []
+        for group in self.groups:
+            shapes: dict[str, tuple[int, ...]] = {}
+            for name, shape in _shapes([group]).items():
+                if name in self.pairs:
+                    shapes |= zip(_halves(name), (tuple(half.shape) for half in self.pairs[name]), strict=True)
+                else:
+                    shapes[name] = shape
+            dimension = sum(math.prod(shape) for shape in shapes.values())
+            reduced.append(Group(group.name, tuple(shapes), dimension, tuple(shapes.values())))
+        return tuple(reduced)
+
+    def project(self, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """G R^T (b, out, r) and L^T G (b, r, in) of each matrix, other parameters as they are; dtypes stay.
+
+        The gradients G themselves, b out in numbers a matrix, have been made by the engine before. Carriers that
+        were part of the model would need b r (out + in) numbers instead, which is their other use in the paper.
+        """
+        coordinates: dict[str, Tensor] = {}
+        for name, shape in _shapes(self.groups).items():
+            value = per_example[name].detach()
+            if name in self.pairs:
+                left, right = (carrier.to(value) for carrier in self.pairs[name])
+                matrices = value.reshape(len(value), *shape)
+                coordinates |= zip(_halves(name), (matrices @ right.mT, left.mT @ matrices), strict=True)
+            else:
+                coordinates[name] = value
+        return coordinates
+
+    def lift(self, released: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Released coordinates as gradients by parameter, float32: dL R + L dR - L L^T dL R of each matrix.
+
+        After `project` this is the orthogonal projection G - (1 - L L^T) G (1 - R^T R).
+        """
+        lifted = {}
+        for name in _shapes(self.groups):
+            if name in self.pairs:
+                of_left, of_right = (released[half].double() for half in _halves(name))
+                left, right = (carrier.to(of_left.device) for carrier in self.pairs[name])
+                lifted[name] = ((of_left - left @ (left.mT @ of_left)) @ right + left @ of_right).float()
+            else:
+                lifted[name] = released[name].float()
+        return lifted
+
+
+def _shapes(groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for group in groups for name, shape in zip(group.parameters, group.shapes, strict=True)}
+
+
+def _halves(name: str) -> tuple[str, str]:
+    return f"{name} left", f"{name} right"
+
+
+def gradient_carriers(
+    groups: Sequence[Group], rank: int, stream: Stream, update: Mapping[str, Tensor] | None = None
+) -> Carriers:
+    """Carriers by one power iteration on an update, from a random start (5 c4; 2106.09352).
+
+    Args:
+        groups: The groups.
+        rank: r >= 1; a matrix with out in <= r (out + in) gets no carriers.
+        stream: Public, of purpose `projection`.
+        update: By parameter the update so far, or the sum of the gradients that were released; the scale does
+            not matter. It must be a function of released quantities. None: the carriers are random.
+
+    Raises:
+        ValueError: If no matrix would have fewer coordinates than entries.
+    """
+    generator = torch.Generator().manual_seed(stream.seed())
+
+    def random(rows: int) -> Tensor:
+        return _orthonormal(torch.randn((rows, rank), generator=generator, dtype=torch.float64))
+
+    pairs = {}
+    for name, shape in _shapes(groups).items():
+        if len(shape) == 2 and rank * sum(shape) < math.prod(shape):
+            left, right = map(random, shape)
+            if update is not None:
+                matrix = update[name].double()
+                left = _orthonormal(matrix @ right.to(matrix.device))
+                right = _orthonormal(matrix.mT @ left)
+            pairs[name] = (left, right.mT.contiguous())
+    if not pairs:
+        raise ValueError(f"carriers of rank {rank} have as many coordinates as the largest matrix; lower the rank")
+    return Carriers(tuple(groups), pairs)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
 
 
 def principal_subspace(groups: Sequence[Group], gradients: Mapping[str, Tensor], k: int) -> Subspace:
@@ -116,6 +238,9 @@ def principal_subspace(groups: Sequence[Group], gradients: Mapping[str, Tensor],
     return Subspace(tuple(groups), tuple(basis.contiguous() for basis in bases))
 
 
+_MOST_ENTRIES = 2**28  # 2 GiB of float64
+
+
 class PaidSubspace:
     """The k leading directions of private gradients, from a noised sum of v v^T (5 c2; Dwork et al. 2014).
 
@@ -133,7 +258,8 @@ class PaidSubspace:
             keys: Where the noise comes from.
 
         Raises:
-            ValueError: If the plan does not pay for exactly one one-shot release, or the keys are of another mode.
+            ValueError: If the plan does not pay for exactly one one-shot release, the keys are of another mode, or
+                the sums do not fit into memory.
         """
         if len(plan.one_shot) != 1:
             raise ValueError(
@@ -142,6 +268,11 @@ class PaidSubspace:
             )
         if keys.mode != plan.noise_mode:
             raise ValueError(f"noise_mode is {plan.noise_mode} but the keys are {keys.mode}; make them agree")
+        if (entries := sum(group.dimension**2 for group in groups)) > _MOST_ENTRIES:
+            raise ValueError(
+                f"a subspace of private gradients sums {entries:.1e} entries of v v^T, above {_MOST_ENTRIES:.1e};"
+                " train fewer parameters or group them more finely"
+            )
         self.event = plan.one_shot[0]
         """What it costs: part of the plan's events."""
         self._groups, self._keys = tuple(groups), keys

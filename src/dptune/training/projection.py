@@ -11,12 +11,20 @@ import numpy as np
 import torch
 
 from dptune.config import Config
-from dptune.data.encoding import Encoded, collate, physical_batches
+from dptune.data.batches import Layout, collate, physical_batches
+from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.gradients import Engine
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.streams import KeyRing, Purpose
-from dptune.privacy.subspace import PaidSubspace, Subspace, principal_subspace, random_subspace
+from dptune.privacy.subspace import (
+    Carriers,
+    PaidSubspace,
+    Subspace,
+    gradient_carriers,
+    principal_subspace,
+    random_subspace,
+)
 
 Gradients = Mapping[str, torch.Tensor]
 
@@ -43,12 +51,12 @@ class FullSpace:
 class FixedSubspace(FullSpace):
     """One subspace for all steps."""
 
-    def __init__(self, subspace: Subspace) -> None:
+    def __init__(self, subspace: Subspace | Carriers) -> None:
         super().__init__(subspace.reduced_groups)
         self.subspace = subspace
 
     def project(self, per_example: Gradients) -> Gradients:
-        """Coordinates of rows by group, [b, k]."""
+        """Coordinates of rows, each [b, ...]."""
         return self.subspace.project(per_example)
 
     def lift(self, released: Gradients) -> Gradients:
@@ -59,7 +67,7 @@ class FixedSubspace(FullSpace):
 class MovingSubspace(FixedSubspace):
     """A subspace that is drawn anew every `refresh` steps, from public coins or from what was released so far."""
 
-    def __init__(self, draw: Callable[[int], Subspace], refresh: int) -> None:
+    def __init__(self, draw: Callable[[int], Subspace | Carriers], refresh: int) -> None:
         """Draw gives the subspace from a step on."""
         super().__init__(draw(0))
         self.draw, self.refresh = draw, refresh
@@ -94,6 +102,31 @@ class HistorySubspace(MovingSubspace):
         super().after_step(step, gradients)
 
 
+class ReparametrizedGradients(MovingSubspace):
+    """RGP (arXiv:2106.09352): carriers of each matrix from a power iteration on what was released so far.
+
+    The sum of the released gradients stands for the update of the weights, which it is, up to scale, under plain SGD at
+    a constant rate. Unlike a `HistorySubspace` it leads out of its own span: one half of the coordinates sees the
+    whole column space of a matrix, the other its whole row space.
+    """
+
+    def __init__(self, groups: Sequence[Group], rank: int, refresh: int, keys: KeyRing) -> None:
+        """Keys are public. Until the first refresh the carriers are random."""
+        self._update: dict[str, torch.Tensor] = {}
+
+        def draw(step: int) -> Carriers:
+            stream = keys.stream(Purpose.PROJECTION, step=step)
+            return gradient_carriers(groups, rank, stream, self._update or None)
+
+        super().__init__(draw, refresh)
+
+    def after_step(self, step: int, gradients: Gradients) -> None:
+        """Add the release, then draw the next carriers when it is time."""
+        for name, value in gradients.items():
+            self._update[name] = self._update[name] + value if name in self._update else value.detach().clone()
+        super().after_step(step, gradients)
+
+
 def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of as many columns as `second`, `first` before all others."""
     columns = torch.cat([first, second], dim=1)[:, : second.shape[1]]
@@ -110,7 +143,7 @@ def make_projection(
     engine: Engine,
     private_rows: Sequence[Encoded],
     public_rows: Callable[[], Sequence[Encoded]],
-    pad: int,
+    layout: Layout,
 ) -> FullSpace:
     """The projection that the config names.
 
@@ -122,7 +155,7 @@ def make_projection(
         engine: gives gradients for a public or private subspace.
         private_rows: each record that training may see, once.
         public_rows: encoded records of public data.
-        pad: token that pads.
+        layout: how the backbone reads an example.
     """
     kind, dimension, refresh = (
         config.privacy.projection,
@@ -134,7 +167,7 @@ def make_projection(
 
     def gradients(rows: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
         for piece in physical_batches(rows, np.arange(len(rows)), size):
-            yield engine(collate([rows[row] for row in piece.tolist()], pad, device))[1]
+            yield engine(collate([rows[row] for row in piece.tolist()], layout, device))[1]
 
     if kind == "none":
         return FullSpace(groups)
@@ -144,6 +177,8 @@ def make_projection(
         )
     if kind == "history":
         return HistorySubspace(groups, dimension, refresh, coins)
+    if kind == "rgp":
+        return ReparametrizedGradients(groups, dimension, refresh, coins)
     if kind == "public":
         # A few rows more than directions, so that the leading ones stand out.
         parts = list(gradients(public_rows()[: 4 * dimension]))
