@@ -28,6 +28,9 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+EMBEDDED = ("tiny", "nano")
+"""Backbones that need no file."""
+
 
 class ConfigError(ValueError):
     """A config that cannot be run: one line that names the field, what is wrong and the way out."""
@@ -48,7 +51,7 @@ class ModelConfig:
     """The frozen backbone."""
 
     name: str = "tiny"
-    """`tiny` is embedded and pretrained on public text at first use; any other name is a label for `path`."""
+    """`tiny` and `nano` are embedded, pretrained on public text at first use; any other name is a label for `path`."""
     path: str | None = None
     """A local folder in Hugging Face format; when given, it is the backbone. Remote code is never run."""
 
@@ -57,12 +60,50 @@ class ModelConfig:
 class AdapterConfig:
     """The projection subspace: which parameters are trained. Its rank is `hyperparameter.rank`."""
 
-    name: str = _one_of("lora", "ffa_lora")
-    """`lora` trains both factors; `ffa_lora` freezes the random public factor A (arXiv:2403.12313)."""
+    name: str = _one_of(
+        "lora",
+        "ffa_lora",
+        "lora_xs",
+        "dora",
+        "adalora",
+        "vera",
+        "ia3",
+        "loha",
+        "lokr",
+        "oft",
+        "boft",
+        "fourierft",
+        "prompt",
+        "p_tuning",
+        "prefix",
+        "houlsby",
+        "pfeiffer",
+        "parallel",
+        "bitfit",
+        "ln_tuning",
+        "head",
+        "full",
+        "pst",
+    )
+    """Kind of adapter; `src/dptune/models/README.md` describes each."""
     target_modules: list[str] | None = None
-    """Suffixes of the linear layers that carry the adapter; null means all of them except the output head."""
+    """Suffixes of the layers that carry the adapter; null means what is usual for its kind."""
+    top_layers: int | None = _number(None, least=1)
+    """Only the last so many layers of the backbone carry the adapter; null means all."""
     alpha: float = _number(8.0, above=0)
-    """LoRA scale: the update is alpha / rank * B A."""
+    """Scale of low-rank updates: alpha / rank * B A."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
+    embeddings: bool = False
+    """LoRA also on the input embeddings and the output head."""
+    dropout: float = _number(0.0, least=0, below=1)
+    """Must stay 0: dropout would be noise that the privacy plan did not draw, and noise averages it away anyway."""
+    virtual_tokens: int = _number(10, least=1)
+    """Length of a soft prompt or prefix."""
+    bottleneck: int = _number(16, least=1)
+    """Width of a bottleneck adapter, and of the network that makes the prompt in p-tuning."""
+    sparsity: float = _number(0.9, above=0, below=1)
+    """PST: share of each matrix's weights that is zero at the end (arXiv:2205.11005)."""
 
 
 @dataclass
@@ -107,13 +148,14 @@ class PrivacyConfig:
     """Public schedule of the noise multiplier over the steps (SPECIFICATION.md 3)."""
     schedule_ratio: float = _number(0.5, above=0)
     """Last over first noise multiplier of the schedule; for `lambert` the decay of influence a step."""
-    projection: str = _one_of("none", "random", "history", "public", "private")
-    """Clip and noise in a subspace of each group: random and public, half from past releases, from gradients of public
-    data (the support desk's "dev"), or from private gradients, which is paid for (SPECIFICATION.md 5)."""
+    projection: str = _one_of("none", "random", "history", "rgp", "public", "private")
+    """Clip and noise in a subspace of each group: random and public, half from past releases, low-rank carriers from
+    past releases (`rgp`, arXiv:2106.09352), from gradients of public data (the support desk's "dev"), or from private
+    gradients, which is paid for (SPECIFICATION.md 5)."""
     projection_dimension: int = _number(16, least=1)
-    """Coordinates kept of each group."""
+    """Coordinates kept of each group; with `rgp` the rank of the carriers."""
     projection_refresh: int = _number(10, least=1)
-    """Steps after which a random or history subspace is drawn anew."""
+    """Steps after which a random, history or rgp subspace is drawn anew."""
     projection_noise_multiplier: float | None = _number(None, above=0)
     """Noise multiplier of finding a private subspace."""
     noise_mode: str = _one_of("auto", "reproducible", "secure")
@@ -173,8 +215,8 @@ class HyperparameterConfig:
 
     learning_rate: float = _number(0.02, above=0)
     """Peak learning rate."""
-    steps: int = _number(50, least=1)
-    """Number of noisy steps."""
+    steps: int = _number(50, least=0)
+    """Number of noisy steps; 0 judges the backbone as it is."""
     expected_batch_size: int = _number(256, least=1)
     """Expected size of a Poisson batch: sample rate times number of units; the public divisor of the sum."""
     max_grad_norm: float = _number(1.0, above=0)
@@ -207,9 +249,10 @@ class EnvironmentConfig:
     """Number format of the frozen backbone; adapters, norms and sums keep theirs."""
     sequence_length: int = _number(96, least=8)
     """Longest example in tokens; the prompt is cut from the left, a public rule."""
-    engine: str = _one_of("hooks", "opacus", "loop")
-    """How per-example gradients are computed: our own hooks, Opacus, or one backward pass an example. Whichever it is,
-    it is compared with the last before training starts."""
+    engine: str = _one_of("auto", "hooks", "functional", "opacus", "loop")
+    """How per-example gradients are computed: our own hooks, torch.func layer by layer, Opacus, or one backward pass an
+    example; `auto` takes the fastest that is right for the adapter and the backbone. Whichever it is, it is compared
+    with the last before training starts."""
 
 
 @dataclass
@@ -455,7 +498,7 @@ def _check_together(config: Config) -> None:
         raise ConfigError("data.path is given but data=supportdesk is embedded: add data=jsonl to read the file")
     if data.path is not None and not Path(data.path).is_file():
         raise ConfigError(f"data.path={data.path} is not a file")
-    if config.model.name != "tiny" and config.model.path is None:
+    if config.model.name not in EMBEDDED and config.model.path is None:
         raise ConfigError(f"model={config.model.name} needs model.path=..., a folder in Hugging Face format")
     if config.model.path is not None and not (Path(config.model.path) / "config.json").is_file():
         raise ConfigError(
@@ -468,7 +511,7 @@ def _check_together(config: Config) -> None:
                 f"hyperparameter.expected_batch_size={hyper.expected_batch_size} is above the {size} training records; "
                 "lower it or raise data.train_size"
             )
-    if hyper.warmup_steps >= hyper.steps:
+    if hyper.warmup_steps >= max(hyper.steps, 1):
         raise ConfigError(
             f"hyperparameter.warmup_steps={hyper.warmup_steps} leaves nothing of hyperparameter.steps={hyper.steps}; "
             "lower the warm-up"

@@ -109,6 +109,8 @@ class Parameters:
     """Backbone and adapter."""
     trainable: int
     """Trained, and therefore clipped, noised and published."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """The trained ones by kind, such as `lora_A` or `bias`."""
 
     @property
     def fraction(self) -> float:
@@ -261,7 +263,7 @@ def _parse(content: dict[str, Any]) -> RunRecord:
         privacy = Privacy(**{**privacy, "groups": groups})
     parameters, cost = content["parameters"], content["cost"]
     if parameters is not None:
-        parameters = Parameters(parameters["total"], parameters["trainable"])
+        parameters = Parameters(parameters["total"], parameters["trainable"], parameters.get("groups", {}))
     return RunRecord(
         **{
             **content,

@@ -24,19 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from peft import PeftModel
 
 from dptune import evaluation, tracking
 from dptune.config import Config, ConfigError, noise_mode, run_id
-from dptune.data.encoding import Encoded, collate, encode_examples, example_losses
+from dptune.data.batches import collate, example_losses
+from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.allocation import lora_group_weights
+from dptune.privacy.engines import checked_engine
 from dptune.privacy.events import Event
-from dptune.privacy.gradients import ENGINES, Engine, checked_engine
+from dptune.privacy.gradients import Engine
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
@@ -65,8 +66,10 @@ class Prepared:
     data: Dataset
     plan: PrivacyPlan
     backbone: Backbone
-    model: PeftModel
+    model: torch.nn.Module
     keys: KeyRing
+    engine: str
+    """Name of the engine of per-example gradients."""
 
 
 def run(config: Config, overrides: Sequence[str] = (), report: Report | None = None) -> RunRecord:
@@ -133,20 +136,41 @@ def prepare(config: Config, identity: str) -> Prepared:
     """Data, plan, backbone with its fresh adapter, and keys. Raises ConfigError; writes nothing but caches."""
     data = load_data(config)
     plan = make_plan(config, data)
-    backbone = backbones.load(
+    backbone = load_backbone(config)
+    check_free_form(backbone, data)
+    seed = config.environment.seed
+    # Initialisation is public and depends on the seed alone, so that methods start from the same point.
+    start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
+    engine = config.environment.engine
+    if engine == "auto":
+        architecture = adapters.architecture_of(backbone.model)
+        engine = adapters.engine_of(config.adapter.name, architecture, embeddings=config.adapter.embeddings)
+    hyper = config.hyperparameter
+    model = adapters.attach(backbone.model, config.adapter, rank=hyper.rank, steps=hyper.steps, seed=start)
+    # The same seed must never draw the same noise for other data, another backbone or another plan.
+    name = "/".join((identity, data.fingerprint, backbone.fingerprint, plan.fingerprint()))
+    keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
+    return Prepared(data, plan, backbone, model, keys, engine)
+
+
+def load_backbone(config: Config) -> Backbone:
+    """A fresh copy of the frozen backbone of a run."""
+    return backbones.load(
         config.model,
         precision=config.environment.precision,
         device=config.compute.device,
         cache_dir=Path(config.compute.cache_dir),
     )
-    seed = config.environment.seed
-    # Initialisation is public and depends on the seed alone, so that methods start from the same point.
-    start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
-    model = adapters.attach(backbone.model, config.adapter, config.hyperparameter.rank, start)
-    # The same seed must never draw the same noise for other data, another backbone or another plan.
-    name = "/".join((identity, data.fingerprint, backbone.fingerprint, plan.fingerprint()))
-    keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
-    return Prepared(data, plan, backbone, model, keys)
+
+
+def check_free_form(backbone: Backbone, data: Dataset) -> None:
+    """Raises ConfigError when an encoder, which ranks options only, would have to write."""
+    free = sorted({example.task for example in data.test if not example.options})
+    if free and backbone.layout.architecture == "encoder":
+        raise ConfigError(
+            f"an encoder cannot write, and {', '.join(free)} has no options to rank: leave it out with data.tasks=[...]"
+            " or choose a decoder"
+        )
 
 
 def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
@@ -200,7 +224,9 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or 1),),
             noise_mode=mode,
         )
-        return plan if privacy.target_epsilon is None else calibrated(plan, privacy.target_epsilon)
+        if privacy.target_epsilon is None or not plan.events():
+            return plan
+        return calibrated(plan, privacy.target_epsilon)
     except PlanError as error:
         raise ConfigError(str(error)) from None
 
@@ -225,12 +251,13 @@ def execute(
     sequence_length = config.environment.sequence_length
     seen = {example.input for example in data.train} if data.public or not plan.private else None
 
-    def measure() -> list[evaluation.Judgement]:
+    def measure(model: torch.nn.Module) -> list[evaluation.Judgement]:
         return evaluation.judge(
             model.eval(),
             prepared.backbone.tokenizer,
             data.test,
             seen,
+            layout=prepared.backbone.layout,
             sequence_length=sequence_length,
             batch_size=config.compute.evaluation_batch_size,
         )
@@ -238,15 +265,16 @@ def execute(
     record.parameters = adapters.count(model)
     floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length, seen is None)
     if floor not in _zero_shot:
-        # A fresh adapter changes nothing, so that this is the backbone's own accuracy.
-        _zero_shot[floor] = evaluation.summarise(measure())
+        # Most fresh adapters change nothing; a soft prompt does.
+        bare = model if adapters.KINDS[config.adapter.name].unchanged else load_backbone(config).model
+        _zero_shot[floor] = evaluation.summarise(measure(bare))
     record.zero_shot = _zero_shot[floor]
     log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan)}")
 
     training_begin = time.perf_counter()
-    record.privacy = fit(config, prepared, folder, tracker, log)
+    record.privacy = fit(config, prepared, folder, tracker, log) if plan.steps else privacy_of(plan, config, data, 0)
     training_seconds = time.perf_counter() - training_begin
-    judgements = measure()
+    judgements = measure(model)
     record.metrics = evaluation.summarise(judgements)
     if not math.isfinite(record.metrics.response_perplexity):
         raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
@@ -256,7 +284,7 @@ def execute(
     record.cost = Cost(
         seconds=time.perf_counter() - begin,
         training_seconds=training_seconds,
-        examples_per_second=plan.steps * plan.expected_batch_size / training_seconds,
+        examples_per_second=plan.steps * plan.expected_batch_size / max(training_seconds, 1e-9),
         peak_memory_mb=peak_memory_mb(config.compute.device),
         device=f"{config.compute.device}, {config.compute.threads} thread(s)",
     )
@@ -292,7 +320,7 @@ def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Trac
         engine=engine,
         private_rows=[rows[row] for row in sampler.all_rows.tolist()],
         public_rows=public_rows,
-        pad=tokenizer.pad_token_id,
+        layout=prepared.backbone.layout,
     )
     mechanism = plan.mechanism(projection.groups, keys)
 
@@ -317,9 +345,10 @@ def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Trac
             projection=projection,
             hyperparameter=config.hyperparameter,
             environment=config.environment,
-            pad=tokenizer.pad_token_id,
+            layout=prepared.backbone.layout,
             physical_batch_size=config.compute.physical_batch_size,
             before_step=before_step,
+            after_step=lambda step, released: adapters.after_step(model, step, released),
         ):
             row = history_row(last, spent.get(last.step))
             history.write(json.dumps(row) + "\n")
@@ -329,26 +358,31 @@ def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Trac
                 log(progress(last, plan, config, spent.get(last.step)))
     engine.close()
     assert last is not None
-    guarantee = privacy_of(plan, config, data, last, {group.name: group.dimension for group in groups})
+    dimensions = {group.name: group.dimension for group in projection.groups}
+    noise = {
+        name: GroupPrivacy(dimensions[name], std * plan.expected_batch_size)
+        for name, std in last.noise_std.items()
+        if name in dimensions
+    }
+    guarantee = privacy_of(plan, config, data, last.step, noise)
     return dataclasses.replace(guarantee, attempts=ledger.attempts if ledger else 0)
 
 
 def make_engine(config: Config, prepared: Prepared) -> Engine:
-    """The engine of per-example gradients; for a private run it is compared with the loop first."""
-    name, tokenizer = config.environment.engine, prepared.backbone.tokenizer
-    if not prepared.plan.private:
-        return ENGINES[name](prepared.model, example_losses)
-    # Made-up records: the check needs none of the data's.
-    batch, changed = (
-        collate(made_up_rows(len(tokenizer), other), tokenizer.pad_token_id, config.compute.device)
-        for other in (False, True)
+    """The engine of per-example gradients, compared with the loop on made-up records: the check needs no data."""
+    rows, changed = (made_up_rows(len(prepared.backbone.tokenizer), other) for other in (False, True))
+
+    def batch(records: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        return collate(records, prepared.backbone.layout, config.compute.device)
+
+    return checked_engine(
+        prepared.engine, prepared.model, example_losses, [batch([row]) for row in rows], batch(rows), batch(changed)
     )
-    return checked_engine(name, prepared.model, example_losses, batch, changed, row=1)
 
 
 def made_up_rows(vocabulary: int, other: bool) -> list[Encoded]:
-    """Three rows of made-up tokens, five to nine each; with `other` the second one has other tokens."""
-    lengths, responses, shift = (7, 5, 9), (2, 1, 3), (0, 101 if other else 0, 0)
+    """Three rows of made-up tokens, five to nine each; with `other` the last one has other tokens."""
+    lengths, responses, shift = (7, 9, 5), (2, 3, 2), (0, 0, 101 if other else 0)
     return [
         Encoded(tuple((31 * row + 17 * at + shift[row]) % vocabulary for at in range(lengths[row])), responses[row])
         for row in range(3)
@@ -408,37 +442,34 @@ def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
     }
 
 
-def privacy_of(plan: PrivacyPlan, config: Config, data: Dataset, last: Step, dimensions: dict[str, int]) -> Privacy:
-    """The guarantee, computed from the plan that the run was trained with."""
+def privacy_of(
+    plan: PrivacyPlan, config: Config, data: Dataset, steps: int, groups: dict[str, GroupPrivacy] | None = None
+) -> Privacy:
+    """The guarantee after some steps, computed from the plan that the run was trained with."""
     if not plan.private:
-        return Privacy(private=False, steps=last.step, stand_in=data.public, plan=plan.to_dict())
+        return Privacy(private=False, steps=steps, stand_in=data.public, plan=plan.to_dict())
     return Privacy(
         private=True,
         unit=plan.unit,
-        epsilon=plan.epsilon(last.step),
+        epsilon=plan.epsilon(steps),
         target_epsilon=config.privacy.target_epsilon,
         delta=plan.delta,
         noise_multiplier=plan.noise_multiplier,
         sample_rate=plan.sample_rate,
-        steps=last.step,
+        steps=steps,
         noise_mode=plan.noise_mode,
         stand_in=data.public,
-        groups={
-            name: GroupPrivacy(dimensions[name], std * plan.expected_batch_size)
-            for name, std in last.noise_std.items()
-            if name in dimensions
-        },
+        groups=groups or {},
         accountants={name: dataclasses.asdict(value) for name, value in plan.side_by_side().items()},
         plan=plan.to_dict(),
     )
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in PEFT format; a half-written folder is never seen."""
+def save_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Write the adapter; a half-written folder is never seen."""
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        # Without embeddings to save there is nothing that PEFT would ask the Hub about.
-        model.save_pretrained(str(draft), safe_serialization=True, save_embedding_layers=False)
+        adapters.save(model, draft)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(draft, folder)
@@ -456,7 +487,7 @@ def provenance(config: Config, prepared: Prepared, overrides: Sequence[str]) -> 
         | {"python": platform.python_version()},
         "data": prepared.data.fingerprint,
         "backbone": prepared.backbone.fingerprint,
-        "engine": config.environment.engine,
+        "engine": prepared.engine,
         "seed": config.environment.seed,
     }
 

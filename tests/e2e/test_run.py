@@ -20,17 +20,6 @@ from dptune.models import backbones
 from dptune.privacy.plan import PrivacyPlan
 
 
-@pytest.fixture
-def config(model_folder: Path, tmp_path: Path) -> Config:
-    made = Config()
-    made.model.name, made.model.path = "local", str(model_folder)
-    made.data.train_size, made.data.validation_size, made.data.test_size = 200, 20, 40
-    made.hyperparameter.steps, made.hyperparameter.warmup_steps = 3, 1
-    made.hyperparameter.expected_batch_size, made.hyperparameter.rank = 20, 2
-    made.compute.output_root, made.compute.cache_dir = str(tmp_path / "outputs"), str(tmp_path / "cache")
-    return made
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -71,7 +60,7 @@ def test_the_saved_adapter_gives_the_recorded_accuracy(config: Config, model_fol
     data = load(config)
     backbone = backbones.load(config.model, precision="float32", device="cpu", cache_dir=Path(config.compute.cache_dir))
     seen = {example.input for example in data.train}
-    found = judge(model, backbone.tokenizer, data.test, seen, sequence_length=96, batch_size=16)
+    found = judge(model, backbone.tokenizer, data.test, seen, layout=backbone.layout, sequence_length=96, batch_size=16)
     metrics = summarise(found)
     assert record.metrics is not None
     assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
@@ -262,6 +251,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_run(config: Config, monke
         {"projection": "random", "projection_dimension": 4, "projection_refresh": 2},
         {"projection": "history", "projection_dimension": 4, "projection_refresh": 1},
         {"projection": "public", "projection_dimension": 4},
+        {"projection": "rgp", "projection_dimension": 1, "projection_refresh": 1},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -301,6 +291,13 @@ def test_a_record_of_private_data_tells_nothing_about_single_records(config: Con
     # Names are hashes under a key that stays beside the runs.
     (Path(config.compute.output_root) / ".fingerprint-key").write_bytes(bytes(32))
     assert run_id(config) != record.run_id and load(config).fingerprint != record.provenance["data"]
+
+
+def test_a_run_without_steps_releases_nothing(config: Config) -> None:
+    config.hyperparameter.steps = config.hyperparameter.warmup_steps = 0
+    record = run.run(config)
+    assert record.status == "done" and record.privacy is not None, record.error
+    assert record.privacy.epsilon == 0.0 and record.privacy.private and record.metrics == record.zero_shot
 
 
 @pytest.mark.parametrize("unit", ["example", "user_els"])

@@ -94,6 +94,10 @@ def test_only_the_privacy_package_draws_noise_or_batches() -> None:
         Path("data/supportdesk.py"),
         # Pretrains the embedded backbone on the public split.
         Path("models/tiny.py"),
+        # Initial weights of adapters, under a public seed.
+        Path("models/own_adapters.py"),
+        Path("models/peft_adapters.py"),
+        Path("models/pst.py"),
     }
     for path in FILES:
         inside = path.relative_to(SOURCE)

@@ -24,7 +24,8 @@ def test_the_defaults_are_a_config() -> None:
         ("privacy.delta=1", "privacy.delta=1 must be above 0 and below 1"),
         ("privacy.clipping=flta", "privacy.clipping=flta is not one of .*did you mean flat"),
         ("hyperparameter.steps=many", "hyperparameter.steps: Value 'many'"),
-        ("hyperparameter.steps=0", "hyperparameter.steps=0 must be at least 1"),
+        ("hyperparameter.steps=-1", "hyperparameter.steps=-1 must be at least 0"),
+        ("hyperparameter.steps=0", "leaves nothing of hyperparameter.steps=0"),
         ("hyperparameter.expected_batch_size=9999", "is above the 4000 training records"),
         ("hyperparameter.warmup_steps=50", "leaves nothing of hyperparameter.steps=50"),
         (

@@ -3,9 +3,13 @@ import torch
 from conftest import tiny_llama
 
 from dptune.config import AdapterConfig
-from dptune.data.encoding import collate, encode, example_losses, prompt
+from dptune.data.batches import Layout, collate, example_losses
+from dptune.data.encoding import encode, prompt
 from dptune.models import adapters
-from dptune.privacy.gradients import ENGINES, EngineError, HookEngine, LoopEngine, OpacusEngine, checked_engine
+from dptune.privacy.engines import ENGINES, HookEngine, OpacusEngine, checked_engine
+from dptune.privacy.gradients import EngineError, LoopEngine
+
+LAYOUT = Layout(pad=0)
 
 PAIRS = [
     (prompt("which team ?", "reset my code"), "support"),
@@ -17,7 +21,7 @@ PAIRS = [
 
 
 def adapted(name: str = "lora") -> torch.nn.Module:
-    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(name=name), rank=2, seed=0)
+    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(name=name), rank=2, steps=10, seed=0)
     with torch.no_grad():
         for parameter in adapters.trainable(model).values():
             # B is zero at first, and A would then have no gradient.
@@ -26,7 +30,7 @@ def adapted(name: str = "lora") -> torch.nn.Module:
 
 
 def batch(tokenizer, count: int = len(PAIRS)):
-    return collate(encode(PAIRS[:count], tokenizer, 64), pad=0)
+    return collate(encode(PAIRS[:count], tokenizer, 64), LAYOUT)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "ffa_lora"])
@@ -56,9 +60,9 @@ def test_changing_one_record_changes_only_its_row(engine, tokenizer) -> None:
     model = adapted()
     engine = engine(model, example_losses)
     rows = encode(PAIRS, tokenizer, 64)
-    _, before = engine(collate(rows, pad=0))
+    _, before = engine(collate(rows, LAYOUT))
     rows[1] = encode([("something else", "kim")], tokenizer, 64)[0]
-    _, after = engine(collate(rows, pad=0))
+    _, after = engine(collate(rows, LAYOUT))
     for name in before:
         others = [0, 2, 3, 4]
         torch.testing.assert_close(before[name][others], after[name][others], atol=1e-6, rtol=1e-4)
@@ -115,15 +119,16 @@ def test_no_dropout_and_no_frozen_gradient(tokenizer) -> None:
 def test_an_adapter_that_matches_nothing_is_refused() -> None:
     from dptune.config import ConfigError
 
-    with pytest.raises(ConfigError, match="adapter=lora does not fit"):
-        adapters.attach(tiny_llama(), AdapterConfig(target_modules=["nowhere"]), rank=2, seed=0)
+    with pytest.raises(ConfigError, match=r"adapter.target_modules=\['nowhere'\] matches no layer"):
+        adapters.attach(tiny_llama(), AdapterConfig(target_modules=["nowhere"]), rank=2, steps=10, seed=0)
 
 
 def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_stream_alone() -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     one, two, other = (
-        adapters.trainable(adapters.attach(tiny_llama(), AdapterConfig(), 2, seed)) for seed in (1, 1, 2)
+        adapters.trainable(adapters.attach(tiny_llama(), AdapterConfig(), rank=2, steps=10, seed=seed))
+        for seed in (1, 1, 2)
     )
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -179,15 +184,16 @@ def test_hooks_refuse_a_layer_that_does_not_see_every_row() -> None:
 def probes(tokenizer):
     from dptune.run import made_up_rows
 
-    return [collate(made_up_rows(len(tokenizer), other), pad=0) for other in (False, True)]
+    rows, changed = (made_up_rows(len(tokenizer), other) for other in (False, True))
+    return [collate([row], LAYOUT) for row in rows], collate(rows, LAYOUT), collate(changed, LAYOUT)
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("adapter", ["lora", "ffa_lora"])
 def test_the_self_check_passes_what_is_right_and_leaves_the_weights(engine: str, adapter: str, tokenizer) -> None:
-    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(name=adapter), rank=2, seed=0)
+    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(name=adapter), rank=2, steps=10, seed=0)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    checked_engine(engine, model, example_losses, *probes(tokenizer), row=1).close()
+    checked_engine(engine, model, example_losses, *probes(tokenizer)).close()
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
 
 
@@ -209,7 +215,7 @@ class Wrong(HookEngine):
         elif self.fault == "scaled":
             gradients[name] = gradients[name] * 1.001
         elif self.fault == "mixed":
-            gradients[name][0] += gradients[name][1] - self.first.setdefault(name, gradients[name][1].clone())
+            gradients[name][0] += gradients[name][-1] - self.first.setdefault(name, gradients[name][-1].clone())
         return losses, gradients
 
 
@@ -225,7 +231,7 @@ class Wrong(HookEngine):
 def test_the_self_check_refuses_what_is_wrong(fault: str, message: str, tokenizer, monkeypatch) -> None:
     monkeypatch.setitem(ENGINES, "wrong", lambda model, loss: Wrong(model, loss, fault))
     with pytest.raises(EngineError, match=message):
-        checked_engine("wrong", adapted(), example_losses, *probes(tokenizer), row=1)
+        checked_engine("wrong", adapted(), example_losses, *probes(tokenizer))
 
 
 def test_the_self_check_refuses_a_batch_norm_by_name(tokenizer) -> None:
@@ -239,9 +245,12 @@ def test_the_self_check_refuses_a_batch_norm_by_name(tokenizer) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.linear(x)).pow(3).sum(dim=1)
 
-    model = Normed().train()
-    rows = {"x": torch.arange(12.0).reshape(4, 3).sin()}
-    other = {"x": rows["x"].clone()}
-    other["x"][1] = 2.0
-    with pytest.raises((EngineError, ValueError), match=r"linear|more than 1 value"):
-        checked_engine("hooks", model, lambda model, batch: model(batch["x"]), rows, other, row=1)
+    def loss(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(rows["x"])
+
+    batch = {"x": torch.arange(12.0).reshape(4, 3).sin()}
+    changed = {"x": torch.cat([batch["x"][:-1], torch.full((1, 3), 2.0)])}
+    rows = [{"x": row[None]} for row in batch["x"]]
+    with pytest.raises(EngineError, match="norm is in training mode"):
+        checked_engine("hooks", Normed().train(), loss, rows, batch, changed)
+    checked_engine("hooks", Normed().train(False).requires_grad_(), loss, rows, batch, changed)

@@ -8,9 +8,10 @@ import torch
 from conftest import tiny_llama
 
 from dptune.config import AdapterConfig, EnvironmentConfig, HyperparameterConfig
-from dptune.data.encoding import collate, encode, example_losses
+from dptune.data.batches import Layout, collate, example_losses
+from dptune.data.encoding import encode
 from dptune.models import adapters
-from dptune.privacy.gradients import ENGINES
+from dptune.privacy.engines import ENGINES
 from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.sampling import Batch
@@ -57,7 +58,7 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def model_and_rows(tokenizer):
-    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(), rank=2, seed=1)
+    model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(), rank=2, steps=4, seed=1)
     return model, encode(pairs(), tokenizer, 96)
 
 
@@ -76,7 +77,7 @@ def run_shared(plan, tokenizer, *, engine: str = "opacus", physical: int = 3, **
             projection=FullSpace(groups),
             hyperparameter=HYPER,
             environment=EnvironmentConfig(**environment),
-            pad=0,
+            layout=Layout(pad=0),
             physical_batch_size=physical,
         )
     )
@@ -94,7 +95,7 @@ def run_by_hand(plan, tokenizer, optimizer: str):
         total = torch.zeros(dimension, dtype=torch.float64)
         for index in Scripted().batch(step).indices.tolist():
             model.zero_grad()
-            example_losses(model, collate([rows[index]], 0)).sum().backward()
+            example_losses(model, collate([rows[index]], Layout(pad=0))).sum().backward()
             gradient = torch.cat([value.grad.flatten() for value in parameters.values()]).double()
             if plan.private:
                 gradient = gradient * min(1.0, 0.5 / float(gradient.norm())) / (1 + 2**-10)

@@ -1,61 +1,147 @@
-"""The projection subspaces: which parameters are trained. Name -> function; the file format is PEFT's."""
+"""The projection subspaces: which parameters are trained. One table of adapters, and what is done with them."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
 from dptune.config import AdapterConfig, ConfigError
+from dptune.models import own_adapters, peft_adapters
+from dptune.models.layers import ARCHITECTURES, architecture_of, check_rows_are_independent
+from dptune.models.pst import prune, pst
 from dptune.records import Parameters
 
+__all__ = [
+    "KINDS",
+    "AdapterKind",
+    "after_step",
+    "architecture_of",
+    "attach",
+    "count",
+    "engine_of",
+    "load",
+    "save",
+    "set_modes",
+    "trainable",
+]
 
-def attach(model: torch.nn.Module, config: AdapterConfig, rank: int, seed: int) -> PeftModel:
+Attach = Callable[[torch.nn.Module, AdapterConfig, int, int], torch.nn.Module]
+"""Backbone, config, rank and number of steps to the model with a fresh adapter; draws from torch's global stream."""
+
+AfterStep = Callable[[torch.nn.Module, int, Mapping[str, torch.Tensor]], None]
+"""Model, step from 0, and released gradients by parameter."""
+
+FUNCTIONAL = dict.fromkeys(ARCHITECTURES, "functional")
+HOOKS = dict.fromkeys(ARCHITECTURES, "hooks")
+LINEAR_ONLY = {"gpt2": "PEFT has it for linear layers only, and GPT-2's are Conv1D"}
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """One adapter."""
+
+    attach: Attach
+    """Puts a fresh one on a backbone."""
+    engines: Mapping[str, str]
+    """The fastest engine that is right, by architecture."""
+    impossible: Mapping[str, str] = field(default_factory=dict)
+    """Why it cannot work, by architecture."""
+    after_step: AfterStep | None = None
+    """What is done to it after each step of the optimizer."""
+    unchanged: bool = True
+    """Whether a fresh one leaves the backbone's outputs as they are."""
+    placed: bool = True
+    """Whether `target_modules` and `top_layers` say where it is."""
+    top_only: bool = False
+    """Whether only `top_layers` does."""
+    own_weights: bool = False
+    """Whether it trains the backbone's own parameters, which must be float32 then."""
+
+
+KINDS: Mapping[str, AdapterKind] = {
+    # As fast as hooks, which do not know the factors that PEFT puts on embeddings.
+    "lora": AdapterKind(peft_adapters.lora, HOOKS),
+    "ffa_lora": AdapterKind(peft_adapters.ffa_lora, HOOKS),
+    "lora_xs": AdapterKind(peft_adapters.lora_xs, HOOKS),
+    "dora": AdapterKind(peft_adapters.dora, FUNCTIONAL),
+    "adalora": AdapterKind(peft_adapters.adalora, FUNCTIONAL, after_step=peft_adapters.reallocate),
+    "vera": AdapterKind(peft_adapters.vera, FUNCTIONAL),
+    "ia3": AdapterKind(peft_adapters.ia3, FUNCTIONAL),
+    "loha": AdapterKind(peft_adapters.loha, FUNCTIONAL, LINEAR_ONLY),
+    "lokr": AdapterKind(peft_adapters.lokr, FUNCTIONAL, LINEAR_ONLY),
+    "oft": AdapterKind(peft_adapters.oft, FUNCTIONAL, LINEAR_ONLY),
+    "boft": AdapterKind(peft_adapters.boft, FUNCTIONAL, LINEAR_ONLY),
+    "fourierft": AdapterKind(peft_adapters.fourierft, FUNCTIONAL),
+    "prompt": AdapterKind(peft_adapters.prompt, FUNCTIONAL, unchanged=False, placed=False),
+    "p_tuning": AdapterKind(peft_adapters.p_tuning, FUNCTIONAL, unchanged=False, placed=False),
+    "prefix": AdapterKind(peft_adapters.prefix, FUNCTIONAL, unchanged=False, placed=False),
+    "houlsby": AdapterKind(own_adapters.houlsby, HOOKS, top_only=True),
+    "pfeiffer": AdapterKind(own_adapters.pfeiffer, HOOKS, top_only=True),
+    "parallel": AdapterKind(own_adapters.parallel, HOOKS, top_only=True),
+    "bitfit": AdapterKind(own_adapters.bitfit, FUNCTIONAL, own_weights=True),
+    "ln_tuning": AdapterKind(peft_adapters.ln_tuning, FUNCTIONAL, own_weights=True),
+    "head": AdapterKind(own_adapters.head, HOOKS, placed=False, own_weights=True),
+    # T5's relative_attention_bias is looked up once for a whole batch.
+    "full": AdapterKind(own_adapters.full, {**FUNCTIONAL, "encoder_decoder": "loop"}, top_only=True, own_weights=True),
+    "pst": AdapterKind(pst, FUNCTIONAL, after_step=prune),
+}
+"""Every choice of `adapter.name`."""
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What was attached to a model; hangs on it as `attached`."""
+
+    config: AdapterConfig
+    rank: int
+    steps: int
+
+
+def attach(model: torch.nn.Module, config: AdapterConfig, *, rank: int, steps: int, seed: int) -> torch.nn.Module:
     """The model with a fresh adapter, in float32, that is all that is trained.
 
     Args:
-        model: frozen backbone; the adapter is injected into it.
+        model: the backbone; the adapter is put into it.
         config: kind of adapter.
         rank: rank of its factors.
+        steps: number of steps it will be trained for, which AdaLoRA and PST plan ahead with.
         seed: seed of the initialisation, which is public.
 
     Raises:
-        ConfigError: when the backbone has no layer that the adapter asks for.
+        ConfigError: when backbone and adapter do not go together.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT 0.21 reads a property that transformers 5 renamed.
-        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
-        # GPT-2's layers are stored transposed, which PEFT finds out by itself.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+    kind = KINDS[config.name]
+    check_rows_are_independent(model)
+    _check_fields(kind, config, model)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(model, ADAPTERS[config.name](config, rank))
-        except ValueError as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(f"adapter={config.name} does not fit the backbone: {reason}") from None
-    for name, parameter in adapted.named_parameters():
-        if config.name == "ffa_lora" and ".lora_A." in name:
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+        adapted = kind.attach(model.requires_grad_(False), config, rank, steps)
+    for parameter in trainable(adapted).values():
+        parameter.data = parameter.data.float()
+    adapted.attached = Attached(config, rank, steps)  # type: ignore[assignment]  # not a submodule
     set_modes(adapted)
     return adapted
 
 
-def lora(config: AdapterConfig, rank: int) -> PeftConfig:
-    """LoRA (arXiv:2106.09685); B starts at zero, so that training starts at the backbone."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes any number here
-        lora_dropout=0.0,
-        target_modules=config.target_modules or "all-linear",
-    )
+def engine_of(name: str, architecture: str, *, embeddings: bool = False) -> str:
+    """The fastest engine that gives this adapter's gradients exactly, with LoRA's `embeddings` or without.
 
-
-ADAPTERS: dict[str, Callable[[AdapterConfig, int], PeftConfig]] = {"lora": lora, "ffa_lora": lora}
+    Raises:
+        ConfigError: when the adapter cannot work on the architecture.
+    """
+    kind = KINDS[name]
+    if architecture in kind.impossible:
+        raise ConfigError(
+            f"adapter={name} cannot be put on this {architecture} backbone: {kind.impossible[architecture]}; "
+            "choose adapter=lora"
+        )
+    # PEFT keeps the factors of embeddings outside of any layer with a closed form.
+    return "functional" if embeddings else kind.engines[architecture]
 
 
 def set_modes(model: torch.nn.Module) -> None:
@@ -72,8 +158,81 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def count(model: torch.nn.Module) -> Parameters:
-    """Exact counts; a tied parameter counts once."""
+    """Exact counts, of groups such as `lora_A` or `bias`, too; a tied parameter counts once."""
+    groups: dict[str, int] = {}
+    for name, parameter in trainable(model).items():
+        parts = [part for part in name.split(".") if part not in ("weight", "default") and not part.isdigit()]
+        groups[parts[-1]] = groups.get(parts[-1], 0) + parameter.numel()
     return Parameters(
         total=sum(parameter.numel() for parameter in model.parameters()),
-        trainable=sum(parameter.numel() for parameter in trainable(model).values()),
+        trainable=sum(groups.values()),
+        groups=groups,
     )
+
+
+def after_step(model: torch.nn.Module, step: int, released: Mapping[str, torch.Tensor]) -> None:
+    """What the adapter does after an optimizer step: AdaLoRA moves ranks, PST prunes. Free post-processing.
+
+    Args:
+        model: the adapted model.
+        step: the step that was done, from 0.
+        released: its released gradients by parameter, which are all that may be looked at.
+    """
+    if (change := KINDS[_attached(model).config.name].after_step) is not None:
+        change(model, step, released)
+
+
+def save(model: torch.nn.Module, folder: Path) -> None:
+    """Write the adapter, and nothing of the backbone that was not trained, into a folder.
+
+    PEFT's adapters are written as `PeftModel.from_pretrained` opens them, the others as safetensors; `load` opens both.
+    """
+    if isinstance(model, PeftModel):
+        peft_adapters.save(model, folder)
+    else:
+        attached = _attached(model)
+        own_adapters.save(model, attached.config, attached.rank, attached.steps, folder)
+
+
+def load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """The model with the adapter of a folder that `save` wrote, in evaluation mode.
+
+    Args:
+        model: the backbone as it was before, with nothing attached; the adapter is put into it.
+        folder: what `save` wrote.
+
+    Raises:
+        ConfigError: when the adapter belongs to another backbone.
+    """
+    if (folder / own_adapters.SETTINGS_FILE).exists():
+        config, rank, steps = own_adapters.settings_of(folder)
+        adapted = attach(model, config, rank=rank, steps=steps, seed=0)
+        own_adapters.restore(adapted, folder)
+    else:
+        adapted = peft_adapters.load(model, folder)
+    return adapted.eval()
+
+
+def _attached(model: Any) -> Attached:
+    attached: Attached = model.attached
+    return attached
+
+
+def _check_fields(kind: AdapterKind, config: AdapterConfig, model: torch.nn.Module) -> None:
+    engine_of(config.name, architecture_of(model))
+    if config.dropout > 0:
+        raise ConfigError(
+            f"adapter.dropout={config.dropout:g} would be noise that the privacy plan did not draw; leave it 0"
+        )
+    if config.embeddings and config.name != "lora":
+        raise ConfigError(f"adapter.embeddings=true is for adapter=lora, not for adapter={config.name}; leave it false")
+    if config.target_modules is not None and (kind.top_only or not kind.placed):
+        raise ConfigError(f"adapter.target_modules has no meaning for adapter={config.name}; leave it null")
+    if config.top_layers is not None and not kind.placed:
+        raise ConfigError(f"adapter.top_layers has no meaning for adapter={config.name}; leave it null")
+    low = next((name for name, value in model.named_parameters() if value.dtype != torch.float32), None)
+    if kind.own_weights and low is not None:
+        raise ConfigError(
+            f"adapter={config.name} trains the backbone's own weights, and {low} is not float32; set "
+            "environment.precision=float32"
+        )

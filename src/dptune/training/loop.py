@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 
 from dptune.config import EnvironmentConfig, HyperparameterConfig
-from dptune.data.encoding import Encoded, collate, physical_batches
+from dptune.data.batches import Layout, collate, physical_batches
+from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.gradients import Engine
 from dptune.privacy.mechanism import Mechanism
@@ -57,9 +58,10 @@ def train(
     projection: FullSpace,
     hyperparameter: HyperparameterConfig,
     environment: EnvironmentConfig,
-    pad: int,
+    layout: Layout,
     physical_batch_size: int,
     before_step: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int, Mapping[str, torch.Tensor]], None] = lambda step, released: None,
 ) -> Iterator[Step]:
     """Train `parameters` in place, yielding after each step.
 
@@ -73,8 +75,9 @@ def train(
         projection: coordinates in which gradients are clipped and noised.
         hyperparameter: learning rate and its schedule, number of steps.
         environment: kind of optimizer and free post-processing of what was released.
-        pad: token that pads.
+        layout: how the backbone reads an example.
         before_step: called with each step before its data are touched; writes the ledger.
+        after_step: called with each step, from 0, and what was released in it, once the weights have moved.
         physical_batch_size: rows in one forward pass; cannot change the numbers beyond rounding.
     """
     device = next(iter(parameters.values())).device
@@ -89,7 +92,7 @@ def train(
         logical = [rows[row] for row in batch.indices.tolist()]
         losses = 0.0
         for piece in physical_batches(logical, batch.units, physical_batch_size):
-            tensors = collate([logical[position] for position in piece.tolist()], pad, device)
+            tensors = collate([logical[position] for position in piece.tolist()], layout, device)
             loss, gradients = engine(tensors)
             mechanism.accumulate(projection.project(gradients), torch.from_numpy(batch.units[piece]))
             losses += float(loss.sum())
@@ -98,6 +101,7 @@ def train(
         noise_std = {name: release.noise_std[group_of[name]] for name in parameters}
         update(parameters, released, noise_std, optimizer, environment.shrinkage)
         projection.after_step(step, released)
+        after_step(step, released)
         average.step()
         if step + 1 == hyperparameter.steps:
             average.finish()
