@@ -401,10 +401,7 @@ def test_encoders_and_encoder_decoders_are_trained_privately(
     reader.save_pretrained(tmp_path / kind)
     config.model.path = str(tmp_path / kind)
     if kind == "bert":
-        with pytest.raises(
-            ConfigError,
-            match=r"an encoder cannot write, and date, email, order_number has no options to rank: leave it out with data.tasks",
-        ):
+        with pytest.raises(ConfigError, match=r"cannot write, and date, email, order_number .* leave it out with data"):
             run.run(config)
         assert not Path(config.compute.output_root).exists()
         config.data.tasks = sorted({example.task for example in load(config).test if example.options})
