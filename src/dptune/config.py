@@ -180,9 +180,9 @@ class DataConfig:
     layout: str = _one_of("records", "messages")
     """`records`: a row is an example. `messages`: a row is a message of a conversation tree, as in oasst1, and each
     reply of an assistant is an example (user: its author alone, though the message before it has another)."""
-    splits: dict[str, str] | None = None
+    splits: dict[str, str] = field(default_factory=dict)
     """From the source's names of splits to `train`, `validation`, `test`, or `hash` to split them here; what is not
-    named is left out. Null: the source's names are ours."""
+    named is left out. Empty: the source's names are ours. On a command line: `+data.splits={train: hash}`."""
     split_by: str = _one_of("record", "user")
     """Records without a split go to train, validation and test (80, 10, 10 %) by a hash of their content, or of their
     user; so adding a record, or a user, moves no other."""
@@ -201,9 +201,9 @@ class DataConfig:
     """Number of test records kept (null: all)."""
     tasks: list[str] | None = None
     """Keep these tasks only (null: all)."""
-    task_weights: dict[str, float] | None = None
-    """Proportions of the tasks among the training records, which are sub-sampled to them; each task must be named, 0
-    leaves it out of training. Names and numbers of records of the tasks are treated as public. Null: as they are."""
+    task_weights: list[float] | None = None
+    """Proportions among the training records of `tasks`, in their order: training records are left out until they hold.
+    Names and numbers of records of the tasks are treated as public. Null: as they are."""
     template: str = _one_of("plain", "chat")
     """Prompt: one plain form for all backbones, or the chat template of the backbone's tokenizer."""
     on_long: str = _one_of("truncate", "error")
@@ -563,12 +563,14 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(f"data.{given[0]} is given but data=supportdesk is embedded: add data=files to read it")
     if data.path is not None and not data_files(data.path):
         raise ConfigError(f"data.path={data.path} is not a file, nor a folder or a pattern with files")
-    unknown = set((data.splits or {}).values()) - {*SPLITS, "hash"}
+    unknown = set(data.splits.values()) - {*SPLITS, "hash"}
     if unknown:
         raise ConfigError(f"data.splits: {', '.join(sorted(unknown))} is not one of {', '.join(SPLITS)}, hash")
-    weights = (data.task_weights or {"": 1.0}).values()
-    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        raise ConfigError("data.task_weights must be finite and not negative, and one of them above 0")
+    if data.task_weights is not None:
+        if len(data.task_weights) != len(data.tasks or ()):
+            raise ConfigError("data.task_weights must have one number for each of data.tasks; give both or neither")
+        if not all(0 < weight < math.inf for weight in data.task_weights):
+            raise ConfigError("data.task_weights must be above 0 and finite; leave a task out with data.tasks")
 
 
 @functools.cache

@@ -92,7 +92,7 @@ class ColumnMapping:
         return value
 
     def _split(self, name: str, column: str) -> str | None:
-        if self._data.splits is not None:
+        if self._data.splits:
             return self._data.splits.get(name)
         if name not in SPLITS:
             raise BadRecord(f"field {column!r} is {name!r}, not one of {', '.join(SPLITS)}; map it with data.splits")

@@ -192,7 +192,8 @@ def _parquet(path: Path) -> Items:
         raise DataError(f"{path}: Parquet needs the extra `hub`: pip install 'dptune[hub]'") from None
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        # Pre-buffering would read all row groups ahead.
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
@@ -226,7 +227,7 @@ def _saved(path: str) -> Iterator[Part]:
     datasets = _datasets(f"data.path={path}")
     try:
         found = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise DataError(f"data.path={path} is no folder of save_to_disk ({_one_line(error)})") from None
     yield from _splits(path, found)
 

@@ -61,7 +61,10 @@ def load(config: Config, tokens: Callable[[Example], int] | None = None) -> Data
     """
     data, skipped = config.data, Skipped()
     kept = {split: Smallest(getattr(data, f"{split}_size"), data.seed) for split in SPLITS}
-    training = Mixture(data.task_weights, data.train_size, data.seed) if data.task_weights else kept["train"]
+    training: Smallest | Mixture = kept["train"]
+    if data.tasks is not None and data.task_weights is not None:
+        weights = dict(zip(data.tasks, data.task_weights, strict=True))
+        training = Mixture(weights, data.train_size, data.seed)
     tasks: set[str] = set()
     for example in _checked(config, tokens, skipped):
         tasks.add(example.task)

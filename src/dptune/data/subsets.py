@@ -55,15 +55,14 @@ class Mixture:
     """Examples of several tasks in stated proportions, the most that there are or `size` of them.
 
     Args:
-        weights: of every task that is offered; their sum counts as one.
+        weights: of every task that is offered, each above 0; their sum counts as one.
         size: number of examples wanted (null: all that the proportions permit).
         seed: decides which examples of a task are kept.
     """
 
     def __init__(self, weights: Mapping[str, float], size: int | None, seed: int):
         total = sum(weights.values())
-        self._shares = {task: weight / total for task, weight in weights.items() if weight > 0}
-        self._left_out = {task for task, weight in weights.items() if weight == 0}
+        self._shares = {task: weight / total for task, weight in weights.items()}
         self._size = size
         self._kept = {
             task: Smallest(None if size is None else int(size * share) + 1, seed)
@@ -71,17 +70,11 @@ class Mixture:
         }
 
     def offer(self, example: Example) -> None:
-        """Look at one more example. Raises ConfigError when its task has no weight."""
-        if example.task in self._kept:
-            self._kept[example.task].offer(example)
-        elif example.task not in self._left_out:
-            raise ConfigError(
-                f"data.task_weights: the task {example.task} has no weight; add {example.task}: 0 to leave it out of "
-                "training, or choose with data.tasks"
-            )
+        """Look at one more example."""
+        self._kept[example.task].offer(example)
 
     def examples(self) -> list[Example]:
-        """The kept examples, task by task. Raises ConfigError when a task with a weight has none."""
+        """The kept examples, task by task. Raises ConfigError when a task has none."""
         missing = [task for task, kept in self._kept.items() if not len(kept)]
         if missing:
             raise ConfigError(f"data.task_weights: no training record has the task {', '.join(sorted(missing))}")
