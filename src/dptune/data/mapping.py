@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -59,9 +60,9 @@ class ColumnMapping:
         output = self._output(row, options)
         body = _text(row, columns.input, "input") or ""
         user = _value(row, columns.user)
-        user = None if user is None or user == "" else str(user)
+        user = None if user is None or user == "" else sys.intern(str(user))
         return Example(
-            # A task and its instruction are the same for many records: keep one text of each.
+            # Task, instruction and user are the same for many records: keep one text of each.
             task=sys.intern(_text(row, columns.task, "task") or "instructions"),
             instruction=sys.intern(instruction),
             input=body,
@@ -125,7 +126,7 @@ class ColumnMapping:
             raise BadRecord(f"field {column!r} is not a list of texts")
         if not options or not all(isinstance(option, str) for option in options):
             raise BadRecord(f"field {column!r} is not a list of one or more texts")
-        return tuple(option.strip() for option in options)
+        return _shared(tuple(option.strip() for option in options))
 
     def _output(self, row: Row, options: tuple[str, ...] | None) -> str:
         column = self._data.columns.output
@@ -138,9 +139,17 @@ class ColumnMapping:
                     raise BadRecord(f"field {column!r} is {value}, which is no position among {len(options)} options")
                 return options[int(value)]
         output = self._required(row, "output").strip()
-        if options is not None and output not in options:
+        if options is None:
+            return output
+        if output not in options:
             raise BadRecord(f"field {column!r} is not among the options")
-        return output
+        return options[options.index(output)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(options: tuple[str, ...]) -> tuple[str, ...]:
+    """The same options as one object, so that a million records do not hold a million of them."""
+    return options
 
 
 def _value(row: Row, column: str) -> Any:

@@ -121,7 +121,7 @@ def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: S
 def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
     """Records of files or of the Hub with their places, split by split as the source has them."""
     mapping = ColumnMapping(data)
-    places: dict[int, str] = {}  # first place of each identifier
+    identifiers: set[int] = set()  # hashes, so that long identifiers take no more memory
     for part in parts(data):
         for item in LAYOUTS[data.layout](part.items):
             if isinstance(item, Fault):
@@ -138,10 +138,10 @@ def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
             if example is None:
                 continue
             if identifier is not None:
-                first = places.setdefault(hash(str(identifier)), f"{part.name} {place}")
-                if first != f"{part.name} {place}":
-                    yield where, Fault(f"field {data.columns.id!r} is the same as in {first}; identifiers must differ")
+                if (digest := hash(str(identifier))) in identifiers:
+                    yield where, Fault(f"field {data.columns.id!r} has occurred before; identifiers must differ")
                     continue
+                identifiers.add(digest)
             yield where, example
 
 

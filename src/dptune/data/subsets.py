@@ -26,28 +26,38 @@ def content(example: Example) -> tuple[str, ...]:
 
 
 class Smallest:
-    """The `size` examples with the smallest keys of all that are offered (null: all), in memory of that size."""
+    """The `size` examples with the smallest keys of all that are offered (None: all), in memory of that size."""
 
     def __init__(self, size: int | None, seed: int):
-        self._size, self._seed, self._offered = size, seed, 0
-        # Largest key first; of copies of a record the first is kept.
-        self._kept: list[tuple[float, int, Example]] = []
+        self._size, self._seed = size, seed
+        self._all: list[Example] = []
+        # The largest key first; of copies of a record the first is kept.
+        self._heap: list[tuple[float, int, Example]] = []
+        self._offered = 0
 
     def offer(self, example: Example) -> None:
         """Look at one more example."""
         self._offered += 1
-        entry = (-uniform(self._seed, "subset", *content(example)), -self._offered, example)
-        if self._size is None or len(self._kept) < self._size:
-            heapq.heappush(self._kept, entry)
+        if self._size is None:
+            self._all.append(example)
+        elif len(self._heap) < self._size:
+            heapq.heappush(self._heap, self._entry(example, self._offered))
         else:
-            heapq.heappushpop(self._kept, entry)
+            heapq.heappushpop(self._heap, self._entry(example, self._offered))
+
+    def _entry(self, example: Example, place: int) -> tuple[float, int, Example]:
+        return (-uniform(self._seed, "subset", *content(example)), -place, example)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._all) + len(self._heap)
 
     def examples(self, size: int | None = None) -> list[Example]:
         """The kept examples, or the `size` of them with the smallest keys, in the order in which they were offered."""
-        entries = self._kept if size is None else heapq.nlargest(size, self._kept)
+        if self._size is None and size is None:
+            return self._all
+        entries = self._heap or [self._entry(example, place) for place, example in enumerate(self._all)]
+        if size is not None:
+            entries = heapq.nlargest(size, entries)
         return [example for _, _, example in sorted(entries, key=lambda entry: -entry[1])]
 
 
