@@ -180,9 +180,9 @@ class DataConfig:
     layout: str = _one_of("records", "messages")
     """`records`: a row is an example. `messages`: a row is a message of a conversation tree, as in oasst1, and each
     reply of an assistant is an example (user: its author alone, though the message before it has another)."""
-    splits: dict[str, str] = field(default_factory=dict)
-    """From the source's names of splits to `train`, `validation`, `test`, or `hash` to split them here; what is not
-    named is left out. Empty: the source's names are ours. On a command line: `+data.splits={train: hash}`."""
+    splits: list[str] | None = None
+    """Pairs `source:ours` from the source's names of splits to `train`, `validation`, `test`, or `hash` to split them
+    here, as in `[train:train, dev:test]`; what is not named is left out. Null: the source's names are ours."""
     split_by: str = _one_of("record", "user")
     """Records without a split go to train, validation and test (80, 10, 10 %) by a hash of their content, or of their
     user; so adding a record, or a user, moves no other."""
@@ -414,6 +414,12 @@ def is_public(data: DataConfig) -> bool:
     return data.name == SUPPORTDESK if data.public is None else data.public
 
 
+def split_names(data: DataConfig) -> dict[str, str]:
+    """From the source's names of splits to ours, or to `hash`; what is not named is left out."""
+    pairs = (pair.rpartition(":") for pair in data.splits or [f"{split}:{split}" for split in SPLITS])
+    return {source: ours for source, _, ours in pairs}
+
+
 def data_files(path: str) -> list[Path]:
     """The files that `data.path` stands for, sorted: a file, all files of a folder, or those that a pattern matches."""
     if Path(path).is_dir():
@@ -563,9 +569,9 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(f"data.{given[0]} is given but data=supportdesk is embedded: add data=files to read it")
     if data.path is not None and not data_files(data.path):
         raise ConfigError(f"data.path={data.path} is not a file, nor a folder or a pattern with files")
-    unknown = set(data.splits.values()) - {*SPLITS, "hash"}
-    if unknown:
-        raise ConfigError(f"data.splits: {', '.join(sorted(unknown))} is not one of {', '.join(SPLITS)}, hash")
+    for pair in data.splits or ():
+        if pair.rpartition(":")[2] not in {*SPLITS, "hash"} or ":" not in pair:
+            raise ConfigError(f"data.splits: {pair} is not SOURCE:OURS, with one of {', '.join(SPLITS)}, hash as OURS")
     if data.task_weights is not None:
         if len(data.task_weights) != len(data.tasks or ()):
             raise ConfigError("data.task_weights must have one number for each of data.tasks; give both or neither")

@@ -37,7 +37,7 @@ def test_the_defaults_are_a_config() -> None:
         ("data.name=jsonl", "data=jsonl needs data.path"),
         ("data.path=nowhere.jsonl", "data=supportdesk is embedded"),
         ("data.hub_id=some/data", "data.hub_id is given but data=supportdesk is embedded"),
-        ("data.splits={train: learn}", "data.splits: learn is not one of train, validation, test, hash"),
+        ("data.splits=[train:learn]", "data.splits: train:learn is not SOURCE:OURS, with one of train, validation"),
         ("data.task_weights=[1]", "data.task_weights must have one number for each of data.tasks"),
         ("data={tasks: [intent], task_weights: [0]}", "data.task_weights must be above 0"),
         ("data_sensitivity.class_imbalance=0.5", "data_sensitivity.class_imbalance=0.5 must be at least 1"),

@@ -228,9 +228,9 @@ def test_the_split_by_user_keeps_users_whole_and_moves_no_other(tmp_path: Path) 
 def test_splits_of_the_source_are_renamed_left_out_or_made_anew(tmp_path: Path) -> None:
     made = [{**ROW, "input": str(index), "split": name} for index in range(100) for name in ("learn", "dev", "secret")]
     path = write(tmp_path / "x.jsonl", made)
-    data = sources.load(config(path, splits={"learn": "train", "dev": "test"}))
+    data = sources.load(config(path, splits=["learn:train", "dev:test"]))
     assert (len(data.train), len(data.validation), len(data.test)) == (100, 0, 100)
-    data = sources.load(config(path, splits={"learn": "hash"}))
+    data = sources.load(config(path, splits=["learn:hash"]))
     assert len(data.train) + len(data.validation) + len(data.test) == 100 and data.validation and data.test
 
 
@@ -433,8 +433,8 @@ def test_a_preset_of_the_hub_reads_what_was_saved_to_disk(name: str, tmp_path: P
         made["validation_matched"] = made["validation"]
     datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
     wanted = preset(name, f"data.path={tmp_path / 'saved'}", "hyperparameter.expected_batch_size=2")
-    if wanted.data.splits == {"train": "hash"}:
-        wanted.data.splits = {"train": "train", "test": "test"}
+    if wanted.data.splits == ["train:hash"]:
+        wanted.data.splits = None
     data = sources.load(wanted)
     assert data.train == [expected] * 2 and len(data.test) == 2 and data.public
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dptune.config import SPLITS, ColumnsConfig, DataConfig
+from dptune.config import SPLITS, ColumnsConfig, DataConfig, split_names
 from dptune.data.readers import Row
 from dptune.data.schema import Example
 
@@ -25,7 +25,7 @@ class ColumnMapping:
     """The rules of a config, applied row by row."""
 
     def __init__(self, data: DataConfig):
-        self._data = data
+        self._data, self._splits = data, split_names(data)
         self._options = None if data.options is None else tuple(option.strip() for option in data.options)
         defaults = ColumnsConfig()
         self._named = {
@@ -93,11 +93,9 @@ class ColumnMapping:
         return value
 
     def _split(self, name: str, column: str) -> str | None:
-        if self._data.splits:
-            return self._data.splits.get(name)
-        if name not in SPLITS:
+        if name not in self._splits and self._data.splits is None:
             raise BadRecord(f"field {column!r} is {name!r}, not one of {', '.join(SPLITS)}; map it with data.splits")
-        return name
+        return self._splits.get(name)
 
     def _hashed(self, instruction: str, body: str, output: str, user: str | None) -> str:
         if self._data.split_by == "user":

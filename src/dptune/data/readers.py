@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dptune.config import SPLITS, ConfigError, DataConfig, data_files
+from dptune.config import ConfigError, DataConfig, data_files, split_names
 
 
 class DataError(ConfigError):
@@ -72,7 +72,7 @@ def _files(data: DataConfig) -> Iterator[Part]:
     for file in known:
         # A folder may have one file a split: train.jsonl, test.jsonl.
         stem = file.name.partition(".")[0]
-        split = stem if len(known) > 1 and stem in (data.splits or SPLITS) else None
+        split = stem if len(known) > 1 and stem in split_names(data) else None
         yield Part(str(file), split, READERS[_kind(file)](file))
 
 
