@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -30,6 +31,12 @@ from omegaconf.errors import (
 
 EMBEDDED = ("tiny", "nano")
 """Backbones that need no file."""
+
+SUPPORTDESK = "supportdesk"
+"""Name of the embedded data, which needs no file."""
+
+SPLITS = ("train", "validation", "test")
+"""Splits of a run's data."""
 
 
 class ConfigError(ValueError):
@@ -167,46 +174,85 @@ class PrivacyConfig:
 
 @dataclass
 class ColumnsConfig:
-    """Which field of a data file holds what."""
+    """Where each part of a record is found: the name of a field, or `=` and a text.
+
+    Of a text, each `{field}` is replaced by that field of the record: `"=Classify the sentiment."` is the same for all
+    records, `"={premise} / {hypothesis}"` joins two fields, and `"="` alone says that there is none. On a command line:
+    `'data.columns.instruction="=Say it again: {text}"'`. A field that is named here and differs from its default must
+    be in every record (it may be null, except instruction and output).
+    """
 
     instruction: str = "instruction"
-    """Field of the instruction (required in the file)."""
+    """What to do (required)."""
     input: str = "input"
-    """Field of the input; may be absent."""
+    """What to do it with; may be absent."""
     output: str = "output"
-    """Field of the response (required in the file)."""
+    """The response (required). With options, an integer is a position among them, counted from 0."""
     options: str = "options"
-    """Field of the list of options; null or absent means a free-form response."""
+    """List of the options; null or absent means `data.options`, or a free-form response."""
     task: str = "task"
-    """Field of the task name; absent means one task."""
+    """Name of the task; absent means one task."""
     user: str = "user"
-    """Field of the author; needed for user-level privacy only."""
+    """Author; needed for user-level privacy and for splits by user only."""
     split: str = "split"
-    """Field with train, validation or test; absent means that records are split by a hash of their content."""
+    """Split of the record, as `data.splits` says; absent means by a hash, see `data.split_by`."""
+    id: str | None = None
+    """Identifier that must not occur twice; null means that the records have none."""
 
 
 @dataclass
 class DataConfig:
-    """The instructions and tasks."""
+    """The instructions and tasks. How to bring your own: `src/dptune/data/README.md`."""
 
-    name: str = "supportdesk"
-    """`supportdesk` is embedded; `jsonl` reads `path`."""
+    name: str = SUPPORTDESK
+    """`supportdesk` is embedded; any other name is a label of the records at `path` or `hub_id`."""
     path: str | None = None
-    """A JSON Lines file, plain or gzip."""
+    """A file (.jsonl, .json, .csv, .tsv, each also with .gz, or .parquet), a folder of such files, a pattern like
+    `parts/*.jsonl`, or a folder written by `save_to_disk` of the library `datasets`."""
+    hub_id: str | None = None
+    """Data set on the Hugging Face Hub; read if there is no `path`. Needs the extra `hub`."""
+    hub_config: str | None = None
+    """Configuration of the data set on the Hub."""
+    hub_revision: str | None = None
+    """Commit of the data set on the Hub; null takes the newest, which may be another one tomorrow."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    """Names of the fields in the file."""
+    """Where each part of a record is found."""
+    options: list[str] | None = None
+    """Options of every record that has none of its own."""
+    layout: str = _one_of("records", "messages")
+    """`records`: a row is an example. `messages`: a row is a message of a conversation tree, as in oasst1, and each
+    reply of an assistant is an example (user: its author alone, though the message before it has another)."""
+    splits: list[str] | None = None
+    """Pairs `source:ours` from the source's names of splits to `train`, `validation`, `test`, or `hash` to split them
+    here, as in `[train:train, dev:test]`; what is not named is left out. Null: the source's names are ours."""
+    split_by: str = _one_of("record", "user")
+    """Records without a split go to train, validation and test (80, 10, 10 %) by a hash of their content, or of their
+    user; so adding a record, or a user, moves no other."""
+    public: bool | None = None
+    """The records are public and stand in for private ones: epsilon is stated as if they were private, and hashes and
+    diagnostics need no protection. Null: true for `supportdesk` alone."""
     organisation: str = _one_of("private", "dev")
     """Support desk only: `dev` is public and is what settings are chosen on."""
     seed: int = _number(0, least=0)
-    """Seed of the generated records and of subsets; not of training."""
+    """Seed of the generated records, of subsets and of conditions; not of training."""
     train_size: int | None = _number(4000, least=1)
-    """Number of training records kept (null: all). It is treated as public."""
+    """Number of training records kept (null: all). It is treated as public, and it bounds the memory of reading."""
     validation_size: int | None = _number(400, least=1)
     """Number of validation records kept (null: all)."""
     test_size: int | None = _number(800, least=1)
     """Number of test records kept (null: all)."""
     tasks: list[str] | None = None
     """Keep these tasks only (null: all)."""
+    task_weights: list[float] | None = None
+    """Proportions among the training records of `tasks`, in their order: training records are left out until they hold.
+    Names and numbers of records of the tasks are treated as public. Null: as they are."""
+    template: str = _one_of("plain", "chat")
+    """Prompt: one plain form for all backbones, or the chat template of the backbone's tokenizer."""
+    on_long: str = _one_of("truncate", "error")
+    """A record with more than `environment.sequence_length` tokens is cut by a public rule, or is a bad record."""
+    on_bad: str = _one_of("error", "skip")
+    """A bad record stops the run with its file, line and field, or is left out and listed for the person at the
+    terminal. What is listed is not private: it must not be published."""
 
 
 @dataclass
@@ -257,7 +303,11 @@ class EnvironmentConfig:
 
 @dataclass
 class DataSensitivityConfig:
-    """Conditions of the training data; validation and test stay as they are."""
+    """Conditions of the data.
+
+    `unseen_instructions` and what begins with `test_` change the test split only, all others the training split only.
+    What happens to a record depends on it and on `data.seed` alone (under `train_fraction` on its place too).
+    """
 
     name: str = "clean"
     """Label of the condition."""
@@ -265,6 +315,25 @@ class DataSensitivityConfig:
     """Share of the training records that is kept."""
     label_noise: float = _number(0.0, least=0, most=1)
     """Share of the training records with options whose answer is replaced by another option."""
+    class_imbalance: float = _number(1.0, least=1)
+    """Of records with options: how much more often the most frequent answer is kept than the rarest. The shares between
+    fall exponentially (arXiv:1901.05555)."""
+    task_imbalance: float = _number(1.0, least=1)
+    """How much more often records of the most frequent task are kept than of the rarest, in the same way."""
+    user_tail: float = _number(0.0, least=0)
+    """Exponent s of a long tail of users: a tenth of them keep all their records, the user at share u > 0.1 of a public
+    random order keeps each with probability (0.1 / u)^s."""
+    instruction_perturbation: float = _number(0.0, least=0, most=1)
+    """Share of the training records whose instruction has a typo, other case, other order or a synonym."""
+    duplicates: float = _number(0.0, least=0, most=1)
+    """Share of the training records that occur twice. The guarantee is for one copy: who is in the data twice is two
+    examples, and needs the user as the unit of privacy."""
+    unseen_instructions: float = _number(0.0, least=0, most=1)
+    """Share of the test records whose instruction has a wording that no training record has."""
+    test_class_shift: float = _number(1.0, least=1)
+    """As `class_imbalance`, of the test split, with the answers in reverse order."""
+    test_distraction: float = _number(0.0, least=0, most=1)
+    """Share of the test records whose input is made longer by sentences that say nothing."""
 
 
 @dataclass
@@ -369,17 +438,38 @@ def run_id(config: Config) -> str:
     if config.model.path is not None:
         identity["model"]["path"] = _content_hash(Path(config.model.path))
     if config.data.path is not None:
-        content = _content_hash(Path(config.data.path))
-        identity["data"]["path"] = keyed_hash(local_key(Path(config.compute.output_root)), [content])
+        contents = [_content_hash(file) for file in data_files(config.data.path)]
+        key = b"" if is_public(config.data) else local_key(Path(config.compute.output_root))
+        identity["data"]["path"] = keyed_hash(key, contents)
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def noise_mode(config: Config) -> Literal["reproducible", "secure"]:
-    """The noise mode of a run with `auto` resolved: embedded data is a public stand-in, everything else is private."""
+    """The noise mode of a run with `auto` resolved: data that is not a public stand-in is private."""
     if config.privacy.noise_mode == "auto":
-        return "reproducible" if config.data.path is None else "secure"
+        return "reproducible" if is_public(config.data) else "secure"
     return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
+
+
+def is_public(data: DataConfig) -> bool:
+    """Whether the records are a public stand-in for private ones."""
+    return data.name == SUPPORTDESK if data.public is None else data.public
+
+
+def split_names(data: DataConfig) -> dict[str, str]:
+    """From the source's names of splits to ours, or to `hash`; what is not named is left out."""
+    pairs = (pair.rpartition(":") for pair in data.splits or [f"{split}:{split}" for split in SPLITS])
+    return {source: ours for source, _, ours in pairs}
+
+
+def data_files(path: str) -> list[Path]:
+    """The files that `data.path` stands for, sorted: a file, all files of a folder, or those that a pattern matches."""
+    if Path(path).is_dir():
+        return sorted(file for file in Path(path).rglob("*") if file.is_file() and not file.name.startswith("."))
+    if Path(path).is_file():
+        return [Path(path)]
+    return sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file())
 
 
 def local_key(output_root: Path) -> bytes:
@@ -475,7 +565,7 @@ def _check_together(config: Config) -> None:
             "privacy.projection=private is paid for with privacy.projection_noise_multiplier=..., and only it is; "
             "give both or neither"
         )
-    if privacy.projection == "public" and data.path is not None:
+    if privacy.projection == "public" and data.name != SUPPORTDESK:
         raise ConfigError("privacy.projection=public needs public data, which only data=supportdesk has; use history")
     if privacy.projection != "none" and (
         config.environment.optimizer == "dp_adam_bc" or config.environment.shrinkage != "none"
@@ -492,12 +582,7 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "privacy.examples_per_user is for users: set privacy.unit=user_els or user_uls, or leave it out"
         )
-    if data.name != "supportdesk" and data.path is None:
-        raise ConfigError(f"data={data.name} needs data.path=..., the file to read")
-    if data.name == "supportdesk" and data.path is not None:
-        raise ConfigError("data.path is given but data=supportdesk is embedded: add data=jsonl to read the file")
-    if data.path is not None and not Path(data.path).is_file():
-        raise ConfigError(f"data.path={data.path} is not a file")
+    _check_data(data)
     if config.model.name not in EMBEDDED and config.model.path is None:
         raise ConfigError(f"model={config.model.name} needs model.path=..., a folder in Hugging Face format")
     if config.model.path is not None and not (Path(config.model.path) / "config.json").is_file():
@@ -516,6 +601,25 @@ def _check_together(config: Config) -> None:
             f"hyperparameter.warmup_steps={hyper.warmup_steps} leaves nothing of hyperparameter.steps={hyper.steps}; "
             "lower the warm-up"
         )
+
+
+def _check_data(data: DataConfig) -> None:
+    """Where the data is, and names and weights that can be seen to be wrong without reading it."""
+    given = [name for name in ("path", "hub_id") if getattr(data, name) is not None]
+    if data.name != SUPPORTDESK and not given:
+        raise ConfigError(f"data={data.name} needs data.path=..., the file to read (or data.hub_id)")
+    if data.name == SUPPORTDESK and given:
+        raise ConfigError(f"data.{given[0]} is given but data=supportdesk is embedded: add data=files to read it")
+    if data.path is not None and not data_files(data.path):
+        raise ConfigError(f"data.path={data.path} is not a file, nor a folder or a pattern with files")
+    for pair in data.splits or ():
+        if pair.rpartition(":")[2] not in {*SPLITS, "hash"} or ":" not in pair:
+            raise ConfigError(f"data.splits: {pair} is not SOURCE:OURS, with one of {', '.join(SPLITS)}, hash as OURS")
+    if data.task_weights is not None:
+        if len(data.task_weights) != len(data.tasks or ()):
+            raise ConfigError("data.task_weights must have one number for each of data.tasks; give both or neither")
+        if not all(0 < weight < math.inf for weight in data.task_weights):
+            raise ConfigError("data.task_weights must be above 0 and finite; leave a task out with data.tasks")
 
 
 @functools.cache

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from dptune.data.batches import Layout, collate, token_log_probabilities
-from dptune.data.encoding import Encoded, encode, prompt
+from dptune.data.encoding import Encoded, encode
 from dptune.data.schema import Example
+from dptune.data.templates import prompt_of, response_of
 from dptune.records import Metrics
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def judge(
     layout: Layout,
     sequence_length: int,
     batch_size: int,
+    template: str = "plain",
 ) -> list[Judgement]:
     """One judgement an example, in their order.
 
@@ -57,11 +59,12 @@ def judge(
         layout: how the model reads an example.
         sequence_length: longest example in tokens.
         batch_size: sequences in one forward pass.
+        template: what a prompt looks like, `plain` or `chat`.
     """
     candidates = [
         (index, option) for index, example in enumerate(examples) for option in (example.options or (example.output,))
     ]
-    pairs = [(prompt(examples[i].instruction, examples[i].input), option) for i, option in candidates]
+    pairs = [(prompt_of(examples[i], tokenizer, template), response_of(option, template)) for i, option in candidates]
     rows = encode(pairs, tokenizer, sequence_length)
     scores = [0.0] * len(rows)
     device = next(model.parameters()).device
@@ -82,7 +85,9 @@ def judge(
     answers = {index: best[index][1] for index, example in enumerate(examples) if example.options}
     free = [index for index, example in enumerate(examples) if not example.options]
     answers |= zip(
-        free, greedy(model, tokenizer, [examples[i] for i in free], layout, sequence_length, batch_size), strict=True
+        free,
+        greedy(model, tokenizer, [examples[i] for i in free], layout, sequence_length, batch_size, template),
+        strict=True,
     )
     return [
         Judgement(
@@ -102,12 +107,13 @@ def greedy(
     layout: Layout,
     sequence_length: int,
     batch_size: int,
+    template: str = "plain",
 ) -> list[str]:
     """Greedy output of each example, cut at the end-of-sequence token or after `MAX_NEW_TOKENS`."""
     if not examples:
         return []  # The tokenizer does not take an empty list.
     # A row without a response is a prompt.
-    texts = [prompt(example.instruction, example.input) for example in examples]
+    texts = [prompt_of(example, tokenizer, template) for example in examples]
     tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     rows = [Encoded(tuple(row[-sequence_length:]), 0) for row in tokens]
     outputs = [""] * len(rows)

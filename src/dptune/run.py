@@ -29,8 +29,10 @@ from dptune import evaluation, tracking
 from dptune.config import Config, ConfigError, noise_mode, run_id
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded, encode_examples
+from dptune.data.schema import Example
 from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
+from dptune.data.templates import prompt_of, token_counter
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
 from dptune.privacy.accounting import rounded_up
@@ -54,6 +56,9 @@ HISTORY_FILE, EVALUATION_FILE, LOG_FILE, ADAPTER_FOLDER = (
 )
 
 LEDGER_FILE = "ledger.jsonl"
+
+SKIPPED_FILE = "NON_PRIVATE_skipped.txt"
+"""Bad records that `data.on_bad=skip` left out; not to be published."""
 
 Report = Callable[[str], None]
 """Receives one line of progress."""
@@ -115,6 +120,10 @@ def run(config: Config, overrides: Sequence[str] = (), report: Report | None = N
                 stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
             say(line)
 
+        if prepared.data.skipped.count:
+            # How many, and which, is known to the data's holder alone: it is neither in the record nor in the log.
+            say(f"{prepared.data.skipped.count} records were skipped: {folder / SKIPPED_FILE}")
+            write_atomically(folder / SKIPPED_FILE, "".join(f"{line}\n" for line in prepared.data.skipped.messages))
         tracker = tracking.start(config.tracking, record, folder)
         try:
             execute(config, prepared, record, folder, tracker, log, begin)
@@ -134,10 +143,14 @@ def run(config: Config, overrides: Sequence[str] = (), report: Report | None = N
 
 def prepare(config: Config, identity: str) -> Prepared:
     """Data, plan, backbone with its fresh adapter, and keys. Raises ConfigError; writes nothing but caches."""
-    data = load_data(config)
+    tokens: Callable[[Example], int] | None = None
+    if config.data.on_long == "error":
+        tokens = token_counter(load_backbone(config).tokenizer, config.data.template)
+    data = load_data(config, tokens)
     plan = make_plan(config, data)
     backbone = load_backbone(config)
     check_free_form(backbone, data)
+    prompt_of(data.test[0], backbone.tokenizer, config.data.template)
     seed = config.environment.seed
     # Initialisation is public and depends on the seed alone, so that methods start from the same point.
     start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
@@ -260,10 +273,11 @@ def execute(
             layout=prepared.backbone.layout,
             sequence_length=sequence_length,
             batch_size=config.compute.evaluation_batch_size,
+            template=config.data.template,
         )
 
     record.parameters = adapters.count(model)
-    floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length, seen is None)
+    floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length, config.data.template, seen is None)
     if floor not in _zero_shot:
         # Most fresh adapters change nothing; a soft prompt does.
         bare = model if adapters.KINDS[config.adapter.name].unchanged else load_backbone(config).model
@@ -291,7 +305,7 @@ def execute(
     log(summary(record))
 
 
-_zero_shot: dict[tuple[str, str, int, bool], Metrics] = {}
+_zero_shot: dict[tuple[str, str, int, str, bool], Metrics] = {}
 
 
 def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Tracker, log: Report) -> Privacy:
@@ -299,7 +313,8 @@ def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Trac
     data, plan, model, keys = prepared.data, prepared.plan, prepared.model, prepared.keys
     tokenizer, sequence_length = prepared.backbone.tokenizer, config.environment.sequence_length
     adapters.set_modes(model)
-    rows = encode_examples(data.train, tokenizer, sequence_length)
+    template = config.data.template
+    rows = encode_examples(data.train, tokenizer, sequence_length, template)
     parameters = adapters.trainable(model)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
     sampler = plan.sampler(keys, users=[example.user for example in data.train])
@@ -309,8 +324,9 @@ def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Trac
         ledger.begin(0)
 
     def public_rows() -> list[Encoded]:
-        public = load_data(dataclasses.replace(config, data=dataclasses.replace(config.data, organisation="dev")))
-        return encode_examples(public.train, tokenizer, sequence_length)
+        embedded = dataclasses.replace(config.data, organisation="dev", on_long="truncate")
+        public = load_data(dataclasses.replace(config, data=embedded))
+        return encode_examples(public.train, tokenizer, sequence_length, template)
 
     projection = make_projection(
         config,

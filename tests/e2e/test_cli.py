@@ -39,9 +39,9 @@ def dptune(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
             ["-m", "sweeps=smoke", "hyperparameter.expected_batch_size=9999"],
             "is above the 512 training records",
         ),
-        (["data=jsonl"], "data=jsonl needs data.path"),
+        (["data=files"], "data=files needs data.path"),
         (
-            ["data=jsonl", "data.path=missing.jsonl", "data.train_size=null"],
+            ["data=files", "data.path=missing.jsonl", "data.train_size=null"],
             "data.path=missing.jsonl is not a file",
         ),
         (["model.path=."], "model.path=. is no model"),

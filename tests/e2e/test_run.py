@@ -443,3 +443,40 @@ def test_noise_keys_follow_data_plan_and_run(config: Config) -> None:
     other_data = key()
     config.data.seed, config.hyperparameter.max_grad_norm = 0, 0.7
     assert len({first, other_data, key()}) == 3
+
+
+def test_bad_records_are_skipped_for_the_holders_eyes_only(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"instruction": "say", "input": f"message {index}", "output": "yes" if index else ""} for index in range(60)
+    ]
+    splits = ["train"] * 50 + ["test"] * 10
+    path.write_text(
+        "".join(json.dumps({**row, "split": split}) + "\n" for row, split in zip(rows, splits, strict=True))
+    )
+    config.data.name, config.data.path, config.data.train_size = "files", str(path), None
+    with pytest.raises(ConfigError, match=r"mine.jsonl: line 1: field 'output' is empty"):
+        run.run(config)
+    config.data.on_bad = "skip"
+    said: list[str] = []
+    record = run.run(config, report=said.append)
+    folder = Path(config.compute.output_root) / record.run_id
+    assert record.status == "done", record.error
+    assert any("1 records were skipped" in line for line in said)
+    assert "line 1" in (folder / "NON_PRIVATE_skipped.txt").read_text()
+    for name in ("record.json", "run.log"):
+        assert "skipped" not in (folder / name).read_text()
+
+
+def test_a_record_that_is_too_long_is_an_error_when_asked_for(config: Config) -> None:
+    config.data.on_long, config.environment.sequence_length = "error", 12
+    with pytest.raises(ConfigError, match="tokens"):
+        run.run(config)
+    assert not Path(config.compute.output_root).exists()
+
+
+def test_a_chat_template_that_is_not_there_is_named(config: Config) -> None:
+    config.data.template = "chat"
+    with pytest.raises(ConfigError, match="no chat template; use data.template=plain"):
+        run.run(config)
+    assert not Path(config.compute.output_root).exists()

@@ -15,26 +15,22 @@ from dptune.data.batches import (
     physical_batches,
     token_log_probabilities,
 )
-from dptune.data.encoding import Encoded, encode, prompt
+from dptune.data.encoding import Encoded, encode
+from dptune.data.templates import plain as prompt
 
 LAYOUT = Layout(pad=0)
 
 PAIRS = [
-    (prompt("which team ?", "reset my code"), "support"),
-    (prompt("is it urgent ?", ""), "no"),
-    ("x", "y"),
+    (prompt("which team ?", "reset my code"), " support"),
+    (prompt("is it urgent ?", ""), " no"),
+    ("x", " y"),
 ]
-
-
-def test_the_prompt_has_one_form() -> None:
-    assert prompt("say", "this") == "say\nthis\n>"
-    assert prompt("say", "") == "say\n>"
 
 
 def test_tokens_are_the_text_and_its_response(tokenizer) -> None:
     for (head, tail), row in zip(PAIRS, encode(PAIRS, tokenizer, 64), strict=True):
-        assert tokenizer.decode(row.tokens) == f"{head} {tail}<eos>"
-        assert tokenizer.decode(row.tokens[-row.response :]) == f" {tail}<eos>"
+        assert tokenizer.decode(row.tokens) == f"{head}{tail}<eos>"
+        assert tokenizer.decode(row.tokens[-row.response :]) == f"{tail}<eos>"
 
 
 def test_a_long_prompt_is_cut_from_the_left_and_a_long_response_from_the_right(tokenizer) -> None:

@@ -5,8 +5,9 @@ import torch
 from conftest import tiny_llama
 
 from dptune.data.batches import Layout
-from dptune.data.encoding import encode, prompt
+from dptune.data.encoding import encode
 from dptune.data.schema import Example
+from dptune.data.templates import plain as prompt
 from dptune.evaluation import Judgement, greedy, judge, normalised, summarise
 
 LAYOUT = Layout(pad=0)
@@ -28,7 +29,7 @@ EXAMPLES = [
 @torch.no_grad()
 def summed(model, tokenizer, example: Example, option: str) -> float:
     """Summed log-likelihood of an option, one example at a time, without padding."""
-    row = encode([(prompt(example.instruction, example.input), option)], tokenizer, 64)[0]
+    row = encode([(prompt(example.instruction, example.input), f" {option}")], tokenizer, 64)[0]
     logits = model(torch.tensor([row.tokens])).logits[0].log_softmax(-1)
     places = range(len(row.tokens) - row.response, len(row.tokens))
     return float(sum(logits[place - 1, row.tokens[place]] for place in places))
@@ -42,7 +43,7 @@ def test_options_are_ranked_by_summed_log_likelihood(tokenizer) -> None:
         for example, judgement in list(zip(EXAMPLES, judgements, strict=True))[:2]:
             scores = {option: summed(model, tokenizer, example, option) for option in example.options}
             assert judgement.correct == (max(scores, key=scores.__getitem__) == example.output)
-            tokens = encode([("", example.output)], tokenizer, 64)[0].response
+            tokens = encode([("", f" {example.output}")], tokenizer, 64)[0].response
             assert judgement.loss == pytest.approx(-scores[example.output] / tokens, abs=1e-4)
             correct.append(judgement.correct)
         assert [item.unseen for item in judgements] == [True, True, False]

@@ -4,7 +4,8 @@ from conftest import tiny_llama
 
 from dptune.config import AdapterConfig
 from dptune.data.batches import Layout, collate, example_losses
-from dptune.data.encoding import encode, prompt
+from dptune.data.encoding import encode
+from dptune.data.templates import plain as prompt
 from dptune.models import adapters
 from dptune.privacy.engines import ENGINES, HookEngine, OpacusEngine, checked_engine
 from dptune.privacy.gradients import EngineError, LoopEngine

@@ -6,7 +6,8 @@ from conftest import tiny_llama
 from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from dptune.data.batches import Layout, collate, example_losses, token_log_probabilities
-from dptune.data.encoding import encode, prompt
+from dptune.data.encoding import encode
+from dptune.data.templates import plain as prompt
 from dptune.models.adapters import set_modes
 from dptune.models.soft_prompts import attach_soft_prompt
 from dptune.privacy.engines import ENGINES, checked_engine

@@ -7,6 +7,7 @@ from dptune.config import ConfigError, strict
 from dptune.sweep import ROOT, expand, load, without_hydra
 
 SWEEPS = sorted(str(path.relative_to(ROOT / "sweeps").with_suffix("")) for path in (ROOT / "sweeps").rglob("*.yaml"))
+FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
 CHOICES = sorted(
     f"{path.parent.relative_to(ROOT / 'conf')}={path.stem}"
     for path in (ROOT / "conf").rglob("*.yaml")
@@ -50,7 +51,8 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
 
     group, _, name = choice.partition("=")
     # A choice that needs a path says so; the path of this file stands in for it.
-    extra = {"model=local": ["model.path=x"], "data=jsonl": ["data.path=x"]}.get(choice, [])
+    lacking = {"model=local": "model", **{f"data={name}": "data" for name in FILES}}
+    extra = [f"{lacking[choice]}.path=x"] if choice in lacking else []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tree = compose("config", [choice, *extra])
     if extra:

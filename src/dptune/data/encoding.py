@@ -1,4 +1,4 @@
-"""From examples to tokens: prompt template and tokenisation. What decides the tokens of pretraining is here alone."""
+"""From examples to tokens: what is kept of a prompt and of its response."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dptune.data.schema import Example
+from dptune.data.templates import prompt_of, response_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,19 +22,14 @@ class Encoded:
     """Number of response tokens at the end, the end-of-sequence token included."""
 
 
-def prompt(instruction: str, text: str) -> str:
-    """What the model reads before its response."""
-    return f"{instruction}\n{text}\n>" if text else f"{instruction}\n>"
-
-
 def encode(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> list[Encoded]:
-    """Tokens of (prompt, response) pairs.
+    """Tokens of (prompt, response) pairs, as a template has made them, with the end of sequence after the response.
 
     A public rule keeps `sequence_length` tokens: the prompt is cut from the left, and a response that is too long by
     itself from the right. Each row depends on its own text only.
     """
     prompts = tokenizer([first for first, _ in pairs], add_special_tokens=False)["input_ids"]
-    responses = tokenizer([f" {second}" for _, second in pairs], add_special_tokens=False)["input_ids"]
+    responses = tokenizer([second for _, second in pairs], add_special_tokens=False)["input_ids"]
     rows = []
     for head, tail in zip(prompts, responses, strict=True):
         tail = [*tail, tokenizer.eos_token_id][: sequence_length - 1]
@@ -43,11 +39,11 @@ def encode(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, sequence_length: int, template: str = "plain"
 ) -> list[Encoded]:
     """Tokens of examples with their own responses."""
     return encode(
-        [(prompt(example.instruction, example.input), example.output) for example in examples],
+        [(prompt_of(example, tokenizer, template), response_of(example.output, template)) for example in examples],
         tokenizer,
         sequence_length,
     )

@@ -1,24 +1,31 @@
-"""Where instructions come from: name -> function. No torch here."""
+"""The data of a run: read, mapped, checked, sub-sampled, and put under its conditions. No torch here."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from dptune.config import ColumnsConfig, Config, ConfigError, DataConfig, keyed_hash, local_key
-from dptune.data.conditions import apply, subset
+from dptune.config import SPLITS, SUPPORTDESK, Config, DataConfig, is_public, keyed_hash, local_key
+from dptune.data.conditions import apply_to_test, apply_to_training
+from dptune.data.mapping import BadRecord, ColumnMapping
+from dptune.data.readers import LAYOUTS, DataError, Fault, parts
 from dptune.data.schema import Example
+from dptune.data.subsets import Mixture, Smallest
 
-SPLITS = ("train", "validation", "test")
+LISTED = 1000
+"""Number of bad records that are listed; all are counted."""
 
 
-class DataError(ConfigError):
-    """Data that cannot be used: file, line, field, and what to do."""
+@dataclass
+class Skipped:
+    """Bad records that were left out. Exact numbers of private data: for the terminal, never for a record."""
+
+    count: int = 0
+    """How many."""
+    messages: list[str] = field(default_factory=list)
+    """File, line and field of the first `LISTED` of them."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,10 @@ class Dataset:
     test: list[Example]
     public: bool
     """The records are a public stand-in; epsilon is stated as if they were private."""
-
     key: bytes = field(default=b"", repr=False)
     """Secret key of the fingerprint of private records."""
+    skipped: Skipped = field(default_factory=Skipped, repr=False)
+    """Bad records that were left out: NON_PRIVATE."""
 
     @property
     def fingerprint(self) -> str:
@@ -41,123 +49,119 @@ class Dataset:
         return keyed_hash(self.key, (json.dumps(astuple(example)) for split in splits for example in split))
 
 
-def load(config: Config) -> Dataset:
-    """The data of a run, with its conditions applied to the training split.
+def load(config: Config, tokens: Callable[[Example], int] | None = None) -> Dataset:
+    """The data of a run, with its conditions applied.
+
+    Args:
+        config: the checked config.
+        tokens: length of an example in tokens (`templates.token_counter`); needed for `data.on_long=error` only.
 
     Raises:
         DataError: naming file, line and field, or the split that is empty.
     """
-    data = config.data
-    splits = SOURCES[data.name](data)
-    sizes = {"train": data.train_size, "validation": data.validation_size, "test": data.test_size}
-    chosen: dict[str, list[Example]] = {}
-    for split in SPLITS:
-        examples = splits.get(split, [])
-        if data.tasks is not None:
-            unknown = set(data.tasks) - {item.task for part in splits.values() for item in part}
-            if unknown:
-                raise DataError(f"data.tasks: no record has the task {', '.join(sorted(unknown))}")
-            examples = [example for example in examples if example.task in data.tasks]
-        size = sizes[split]
-        chosen[split] = subset(examples, len(examples) if size is None else size, data.seed)
-    chosen["train"] = apply(chosen["train"], config.data_sensitivity, data.seed)
-    for split in ("train", "test"):
-        if not chosen[split]:
-            where = data.path or data.name
+    data, skipped = config.data, Skipped()
+    kept = {split: Smallest(getattr(data, f"{split}_size"), data.seed) for split in SPLITS}
+    training: Smallest | Mixture = kept["train"]
+    if data.tasks is not None and data.task_weights is not None:
+        weights = dict(zip(data.tasks, data.task_weights, strict=True))
+        training = Mixture(weights, data.train_size, data.seed)
+    tasks: set[str] = set()
+    for example in _checked(config, tokens, skipped):
+        tasks.add(example.task)
+        if data.tasks is None or example.task in data.tasks:
+            (training if example.split == "train" else kept[example.split]).offer(example)
+    if unknown := set(data.tasks or ()) - tasks:
+        raise DataError(f"data.tasks: no record has the task {', '.join(sorted(unknown))}")
+
+    train, validation, test = training.examples(), kept["validation"].examples(), kept["test"].examples()
+    train = apply_to_training(train, config.data_sensitivity, data.seed)
+    test = apply_to_test(test, config.data_sensitivity, data.seed, REWORDINGS.get(data.name))
+    for split, examples in (("train", train), ("test", test)):
+        if not examples:
             raise DataError(
-                f"{where}: the {split} split is empty; give it records or change data.tasks and data.{split}_size"
+                f"{data.path or data.hub_id or data.name}: the {split} split is empty; give it records, map the "
+                f"source's splits with data.splits, or change data.tasks and data.{split}_size"
             )
-    public = data.path is None
-    key = b"" if public else local_key(Path(config.compute.output_root))
-    return Dataset(**chosen, public=public, key=key)
+    key = b"" if is_public(data) else local_key(Path(config.compute.output_root))
+    return Dataset(train, validation, test, is_public(data), key, skipped)
 
 
-def supportdesk(data: DataConfig) -> dict[str, list[Example]]:
-    """The embedded customer-support desk."""
+def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: Skipped) -> Iterator[Example]:
+    """The good records of the source; a bad one is an error, or is noted in `skipped`."""
+    data = config.data
+    one_split = config.privacy.unit != "example" or data.split_by == "user"
+    if data.on_long == "error" and tokens is None:
+        raise ValueError("load needs the argument tokens for data.on_long=error")
+    split_of_user: dict[str, str] = {}
+    for where, item in (_embedded if data.name == SUPPORTDESK else _mapped)(data):
+        problem = item.message if isinstance(item, Fault) else None
+        if isinstance(item, Example):
+            if tokens is not None and data.on_long == "error":
+                length, most = tokens(item), config.environment.sequence_length
+                if length > most:
+                    problem = f"{length} tokens are more than environment.sequence_length={most}; raise it or truncate"
+            if problem is None and one_split and item.user is not None:
+                first = split_of_user.setdefault(item.user, item.split)
+                if first != item.split:
+                    problem = (
+                        f"field {data.columns.user!r}: the same user is in {first} and in {item.split}; repair the "
+                        "splits, or leave them to dptune with data.split_by=user"
+                    )
+        if problem is None:
+            assert isinstance(item, Example)
+            yield item
+        elif data.on_bad == "error":
+            raise DataError(f"{where} {problem} (data.on_bad=skip leaves such records out)")
+        else:
+            skipped.count += 1
+            if len(skipped.messages) < LISTED:
+                skipped.messages.append(f"{where} {problem}")
+
+
+def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
+    """Records of files or of the Hub with their places, split by split as the source has them."""
+    mapping = ColumnMapping(data)
+    identifiers: set[int] = set()  # hashes, so that long identifiers take no more memory
+    for part in parts(data):
+        for item in LAYOUTS[data.layout](part.items):
+            if isinstance(item, Fault):
+                yield f"{part.name}:", item
+                continue
+            place, row = item
+            where = f"{part.name}: {place}:"
+            try:
+                example = mapping.example(row, part.split)
+                identifier = None if example is None else mapping.identifier(row)
+            except BadRecord as error:
+                yield where, Fault(str(error))
+                continue
+            if example is None:
+                continue
+            if identifier is not None:
+                if (digest := hash(str(identifier))) in identifiers:
+                    yield where, Fault(f"field {data.columns.id!r} has occurred before; identifiers must differ")
+                    continue
+                identifiers.add(digest)
+            yield where, example
+
+
+def _embedded(data: DataConfig) -> Iterator[tuple[str, Example]]:
+    """The customer-support desk."""
     from dptune.data.supportdesk import generate
 
     sizes = {
-        split: size
-        for split, size in zip(SPLITS, (data.train_size, data.validation_size, data.test_size), strict=True)
-        if size is not None
+        split: size for split, size in ((split, getattr(data, f"{split}_size")) for split in SPLITS) if size is not None
     }
-    return generate(data.organisation, data.seed, **sizes)
+    for split, examples in generate(data.organisation, data.seed, **sizes).items():
+        for number, example in enumerate(examples, start=1):
+            yield f"{SUPPORTDESK} {split}: record {number}:", example
 
 
-def jsonl(data: DataConfig) -> dict[str, list[Example]]:
-    """A JSON Lines file, plain or gzip, read line by line."""
-    path = Path(str(data.path))
-    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: line {number} is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} is not a JSON object")
-        example = _example(row, data.columns, f"{path}: line {number}")
-        splits[example.split].append(example)
-    return splits
+def _held_out(example: Example, choice: float) -> Example:
+    from dptune.data.supportdesk import held_out
+
+    return held_out(example, choice)
 
 
-SOURCES: dict[str, Callable[[DataConfig], dict[str, list[Example]]]] = {
-    "supportdesk": supportdesk,
-    "jsonl": jsonl,
-}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: line {number + 1} is not UTF-8; convert the file") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: not readable after line {number} ({error})") from None
-
-
-def _example(row: dict[str, Any], columns: ColumnsConfig, where: str) -> Example:
-    def text(column: str, default: str | None = None) -> str:
-        value = row.get(column, default)
-        if value is None:
-            raise DataError(f"{where}: field {column!r} is missing; map it with data.columns.{_role(columns, column)}")
-        if not isinstance(value, str):
-            raise DataError(f"{where}: field {column!r} is not text")
-        return value
-
-    options = row.get(columns.options)
-    output = text(columns.output).strip()
-    if not output:
-        raise DataError(f"{where}: field {columns.output!r} is empty")
-    if options is not None:
-        if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-            raise DataError(f"{where}: field {columns.options!r} is not a list of texts")
-        options = tuple(option.strip() for option in options)
-        if output not in options:
-            raise DataError(f"{where}: field {columns.output!r} is not among the options")
-    instruction, body = text(columns.instruction), text(columns.input, "")
-    user = row.get(columns.user)
-    split = row.get(columns.split)
-    if split is None:
-        # 80 / 10 / 10 by the record's own content: adding a record moves no other.
-        digit = hashlib.sha256(f"{instruction}\0{body}\0{output}".encode()).digest()[0]
-        split = "test" if digit < 26 else "validation" if digit < 51 else "train"
-    if split not in SPLITS:
-        raise DataError(f"{where}: field {columns.split!r} is {split!r}, not one of {', '.join(SPLITS)}")
-    return Example(
-        task=text(columns.task, "instructions"),
-        instruction=instruction,
-        input=body,
-        options=options,
-        output=output,
-        user=None if user is None else str(user),
-        split=split,
-    )
-
-
-def _role(columns: ColumnsConfig, column: str) -> str:
-    return next(role for role, name in vars(columns).items() if name == column) + "=..."
+REWORDINGS: dict[str, Callable[[Example, float], Example]] = {SUPPORTDESK: _held_out}
+"""Sources that know wordings which no training record has."""

@@ -15,7 +15,7 @@ task has instruction wordings for pretraining, others for the private splits, an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, combinations
 from random import Random
@@ -257,6 +257,20 @@ def is_held_out(example: Example) -> bool:
     desks = (_DESKS.get(name, name) for name in ORGANISATIONS)
     wordings = TASKS[example.task].held_out
     return any(example.instruction == wording.format(desk=desk) for desk in desks for wording in wordings)
+
+
+def held_out(example: Example, choice: float) -> Example:
+    """The record with one of its task's wordings that occur in test only, as `choice` in [0, 1) says."""
+    if is_held_out(example):
+        return example
+    task = TASKS[example.task]
+    desk = next(
+        desk
+        for desk in (_DESKS.get(name, name) for name in ORGANISATIONS)
+        for wording in (*task.public, *task.train)
+        if example.instruction == wording.format(desk=desk)
+    )
+    return replace(example, instruction=task.held_out[int(choice * len(task.held_out))].format(desk=desk))
 
 
 def generate(

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dptune.data import encoding, supportdesk
-from dptune.data.encoding import Encoded, encode_examples, prompt
+from dptune.data import encoding, supportdesk, templates
+from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
 
 
@@ -146,14 +146,14 @@ def train_tokenizer(records: list[Example], vocabulary: int) -> PreTrainedTokeni
 
 def _text(record: Example) -> tuple[str, str]:
     """Prompt and response, in the template that fine-tuning uses."""
-    return prompt(record.instruction, record.input), f" {record.output}"
+    return templates.plain(record.instruction, record.input), templates.response_of(record.output, "plain")
 
 
 def content_hash(recipe: Recipe) -> str:
     """Short hash of the recipe, of the code that makes text, tokens and weights, and of the libraries' versions."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "faker")}
     digest = hashlib.sha256(json.dumps([asdict(recipe), versions]).encode())
-    for module in (__file__, supportdesk.__file__, encoding.__file__):
+    for module in (__file__, supportdesk.__file__, encoding.__file__, templates.__file__):
         digest.update(Path(module).read_bytes())
     return digest.hexdigest()[:16]
 

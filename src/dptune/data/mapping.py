@@ -1,0 +1,177 @@
+"""From a row to an example: which field holds what, fixed texts and options, and the split. No torch here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dptune.config import SPLITS, ColumnsConfig, DataConfig, split_names
+from dptune.data.readers import Row
+from dptune.data.schema import Example
+
+_HOLE = re.compile(r"\{([^{}]+)\}")
+
+
+class BadRecord(ValueError):
+    """What is wrong with a record, beginning with its field; a row of a data file that makes no example."""
+
+
+class ColumnMapping:
+    """The rules of a config, applied row by row."""
+
+    def __init__(self, data: DataConfig):
+        self._data, self._splits = data, split_names(data)
+        self._options = None if data.options is None else tuple(option.strip() for option in data.options)
+        defaults = ColumnsConfig()
+        self._named = {
+            column: role
+            for role, column in vars(data.columns).items()
+            if column is not None and column != getattr(defaults, role) and not column.startswith("=")
+        }
+
+    def example(self, row: Row, split: str | None) -> Example | None:
+        """The example of a row, or None if it is in a split that is left out.
+
+        Args:
+            row: one row of the source.
+            split: what the source calls the split of all its rows, if it says; a field of the row goes first.
+
+        Raises:
+            BadRecord: naming the field.
+        """
+        columns = self._data.columns
+        for column, role in self._named.items():
+            if column not in row:
+                raise BadRecord(
+                    f"field {column!r} is missing, but data.columns.{role} names it; the row has {_names(row)}"
+                )
+        named = _text(row, columns.split, "split") or split
+        if named is not None:
+            named = self._split(named, columns.split)
+            if named is None:
+                return None
+        instruction = self._required(row, "instruction")
+        options = self._options_of(row)
+        output = self._output(row, options)
+        body = _text(row, columns.input, "input") or ""
+        user = _value(row, columns.user)
+        user = None if user is None or user == "" else sys.intern(str(user))
+        return Example(
+            # Task, instruction and user are the same for many records: keep one text of each.
+            task=sys.intern(_text(row, columns.task, "task") or "instructions"),
+            instruction=sys.intern(instruction),
+            input=body,
+            options=options,
+            output=output,
+            user=user,
+            split=self._hashed(instruction, body, output, user) if named in (None, "hash") else str(named),
+        )
+
+    def identifier(self, row: Row) -> Any:
+        """Identifier of the row, None if the records have none. Raises BadRecord when this one lacks it."""
+        if self._data.columns.id is None:
+            return None
+        value = _value(row, self._data.columns.id)
+        if value is None:
+            raise BadRecord(f"field {self._data.columns.id!r} is missing; data.columns.id names it")
+        return value
+
+    def _required(self, row: Row, role: str) -> str:
+        column = getattr(self._data.columns, role)
+        value = _text(row, column, role)
+        if value is None:
+            raise BadRecord(
+                f"field {column!r} is missing; map it with data.columns.{role}=...; the row has {_names(row)}"
+            )
+        if not value.strip():
+            raise BadRecord(f"field {column!r} is empty")
+        return value
+
+    def _split(self, name: str, column: str) -> str | None:
+        if name not in self._splits and self._data.splits is None:
+            raise BadRecord(f"field {column!r} is {name!r}, not one of {', '.join(SPLITS)}; map it with data.splits")
+        return self._splits.get(name)
+
+    def _hashed(self, instruction: str, body: str, output: str, user: str | None) -> str:
+        if self._data.split_by == "user":
+            if user is None:
+                raise BadRecord(
+                    f"field {self._data.columns.user!r} is missing; data.split_by=user needs the author, "
+                    "map it with data.columns.user"
+                )
+            content = f"user {user}"
+        else:
+            content = f"{instruction}\0{body}\0{output}"
+        digit = hashlib.sha256(content.encode()).digest()[0]
+        return "test" if digit < 26 else "validation" if digit < 51 else "train"
+
+    def _options_of(self, row: Row) -> tuple[str, ...] | None:
+        column = self._data.columns.options
+        options = _value(row, column)
+        if options is None or options == "":
+            return self._options
+        if isinstance(options, str) and options.startswith("["):  # A cell of a CSV file.
+            try:
+                options = json.loads(options)
+            except ValueError:
+                raise BadRecord(f"field {column!r} is not a JSON list of texts") from None
+        if not isinstance(options, Sequence) or isinstance(options, str):
+            raise BadRecord(f"field {column!r} is not a list of texts")
+        if not options or not all(isinstance(option, str) for option in options):
+            raise BadRecord(f"field {column!r} is not a list of one or more texts")
+        return _shared(tuple(option.strip() for option in options))
+
+    def _output(self, row: Row, options: tuple[str, ...] | None) -> str:
+        column = self._data.columns.output
+        value = _value(row, column)
+        if options is not None and value is not None:
+            # Text files have no integers; there only the fixed options of a label column are counted.
+            digits = options is self._options and isinstance(value, str) and value.strip().isdecimal()
+            if (isinstance(value, int) and not isinstance(value, bool)) or (digits and value.strip() not in options):
+                if not 0 <= int(value) < len(options):
+                    raise BadRecord(f"field {column!r} is {value}, which is no position among {len(options)} options")
+                return options[int(value)]
+        output = self._required(row, "output").strip()
+        if options is None:
+            return output
+        if output not in options:
+            raise BadRecord(f"field {column!r} is not among the options")
+        return options[options.index(output)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(options: tuple[str, ...]) -> tuple[str, ...]:
+    """The same options as one object, so that a million records do not hold a million of them."""
+    return options
+
+
+def _value(row: Row, column: str) -> Any:
+    """Field of a row, or the text of a `=` column; None when there is none."""
+    if not column.startswith("="):
+        return row.get(column)
+
+    def fill(hole: re.Match[str]) -> str:
+        value = row.get(hole[1])
+        if value is None:
+            raise BadRecord(
+                f"field {hole[1]!r} is missing, but the text {column!r} needs it; the row has {_names(row)}"
+            )
+        return str(value)
+
+    return _HOLE.sub(fill, column[1:]) or None
+
+
+def _text(row: Row, column: str, role: str) -> str | None:
+    value = _value(row, column)
+    if value is not None and not isinstance(value, str):
+        raise BadRecord(f"field {column!r} is not text; data.columns.{role} must name a text")
+    return value
+
+
+def _names(row: Row) -> str:
+    return ", ".join(sorted(map(str, row))[:12]) or "no field"
