@@ -271,22 +271,23 @@ def to_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     import pandas as pd
 
     with _without_collector():
-        rows = [dict(_flat(vars(record))) for record in records]
+        rows = [_flatten(vars(record), "", {}) for record in records]
         names = dict.fromkeys(name for row in rows for name in row)
         return pd.DataFrame({name: [row.get(name) for row in rows] for name in names})
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str, row: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        if dataclasses.is_dataclass(value):
-            yield from _flat(vars(value), f"{name}.")
+        name = prefix + key
+        if isinstance(value, Metrics | Privacy | Parameters | Cost):
+            _flatten(vars(value), name + ".", row)
         elif isinstance(value, dict) and name not in _WHOLE:
-            yield from _flat(value, f"{name}.")
+            _flatten(value, name + ".", row)
         else:
-            yield name, value
+            row[name] = value
     if prefix == "parameters.":
-        yield "parameters.fraction", values["trainable"] / values["total"]
+        row["parameters.fraction"] = values["trainable"] / values["total"]
+    return row
 
 
 _WHOLE = ("privacy.groups", "privacy.plan", "privacy.accountants", "provenance.versions", "config.data.columns")
