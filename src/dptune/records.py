@@ -272,8 +272,13 @@ def to_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
 
     with _without_collector():
         rows = [_flatten(vars(record), "", {}) for record in records]
-        names = dict.fromkeys(name for row in rows for name in row)
-        return pd.DataFrame({name: [row.get(name) for row in rows] for name in names})
+        shapes = {tuple(row): None for row in rows}
+        names = list(dict.fromkeys(name for shape in shapes for name in shape))
+        if len(shapes) == 1:
+            columns = zip(*(row.values() for row in rows), strict=True)  # Many runs of one kind, the usual case, fast.
+        else:
+            columns = ([row.get(name) for row in rows] for name in names)
+        return pd.DataFrame(dict(zip(names, columns, strict=True)))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str, row: dict[str, Any]) -> dict[str, Any]:

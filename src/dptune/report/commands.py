@@ -1,0 +1,111 @@
+"""What `dptune table`, `tables`, `figures`, `claims` and `report` do: read records, show them, write files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dptune.config import ConfigError
+from dptune.report.render import markdown, write
+from dptune.report.results import HOW_TO_MAKE_SOME, Results, filtered, load, of_sweep
+from dptune.report.tables import Table, comparison_table, cost_table, main_table, run_table, task_table
+
+SINGLE = "single-runs"
+"""Name of what no sweep asked for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    sweep: str | None
+    filters: tuple[str, ...]
+    root: Path
+    to: Path
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> Request:
+        """`[SWEEP] [key=value ...] [compute.output_root=FOLDER] [to=FOLDER]`.
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        names = [item for item in arguments if "=" not in item]
+        if len(names) > 1 or any(name.startswith("-") for name in names):
+            raise ConfigError(f"{' '.join(names)}: give at most one sweep, and filters as key=value")
+        values = dict(item.split("=", 1) for item in arguments if "=" in item)
+        root, to = values.get("compute.output_root", "outputs"), values.pop("to", "report")
+        chosen = tuple(f"{key}={value}" for key, value in values.items())
+        if not names:
+            chosen = tuple(item for item in chosen if not item.startswith("compute.output_root="))
+        return cls(names[0] if names else None, chosen, Path(root), Path(to))
+
+
+def table(arguments: Sequence[str]) -> None:
+    """Print the main table of each sweep; with a sweep's name, what it asks for and does not have is shown too."""
+    shown = False
+    for name, results in selected(Request.of(arguments)):
+        print(("\n" if shown else "") + markdown(main_table(name, results, titled(name))))
+        shown = True
+
+
+def tables(arguments: Sequence[str]) -> None:
+    """Print the main tables and write all of them as CSV, LaTeX and HTML."""
+    request = Request.of(arguments)
+    for name, results in selected(request):
+        made = all_tables(name, results)
+        print(markdown(made[0]), end="\n\n")
+        write(made, request.to / "tables")
+    print(f"CSV, LaTeX and HTML: {request.to / 'tables'}")
+
+
+def all_tables(name: str, results: Results) -> list[Table]:
+    """Every table of one sweep, the main one first."""
+    made = [main_table(name, results, titled(name)), comparison_table(name, results), cost_table(name, results)]
+    made += [task_table(name, results), run_table(name, results)]
+    return [item for item in made if item is not None]
+
+
+def selected(request: Request) -> Iterator[tuple[str, Results]]:
+    """The runs that are asked for, a sweep at a time.
+
+    Raises:
+        ConfigError: when there are none, saying how to make some.
+    """
+    found = load(request.root)
+    warn(found)
+    if request.sweep is not None:
+        from dptune.sweep import load as jobs_of
+
+        yield request.sweep, of_sweep(request.sweep, jobs_of(request.sweep, request.filters), found)
+        return
+    try:
+        results = filtered(found, request.filters) if len(found.runs) else found
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not len(results.runs):
+        why = f"no record below {request.root} has {' '.join(request.filters)}" if len(found.runs) else ""
+        raise ConfigError(why or HOW_TO_MAKE_SOME.format(root=request.root))
+    yield from by_sweep(results)
+
+
+def by_sweep(results: Results) -> Iterator[tuple[str, Results]]:
+    """The runs of each sweep that is named in the records, and those of none."""
+    names = results.runs["sweep"]
+    for name in sorted(names.dropna().unique()):
+        yield str(name), results.only(results.runs[names == name].reset_index(drop=True))
+    if names.isna().any():
+        yield SINGLE, results.only(results.runs[names.isna()].reset_index(drop=True))
+
+
+def titled(name: str) -> str:
+    """Title of a sweep's table."""
+    return "Single runs" if name == SINGLE else f"Sweep {name}"
+
+
+def warn(results: Results) -> None:
+    """Say loudly what was left out."""
+    for reason in results.unreadable:
+        print(f"dptune: LEFT OUT {reason}", file=sys.stderr)
