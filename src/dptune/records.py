@@ -275,7 +275,8 @@ def to_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         shapes = {tuple(row): None for row in rows}
         names = list(dict.fromkeys(name for shape in shapes for name in shape))
         if len(shapes) == 1:
-            columns = zip(*(row.values() for row in rows), strict=True)  # Many runs of one kind, the usual case, fast.
+            # The usual case, many runs of one kind, fast.
+            columns: Iterable[Any] = zip(*(row.values() for row in rows), strict=True)
         else:
             columns = ([row.get(name) for row in rows] for name in names)
         return pd.DataFrame(dict(zip(names, columns, strict=True)))

@@ -69,26 +69,34 @@ def all_tables(name: str, results: Results) -> list[Table]:
 
 
 def selected(request: Request) -> Iterator[tuple[str, Results]]:
-    """The runs that are asked for, a sweep at a time.
+    """The runs that are asked for, a sweep at a time; a sweep that is named with all that it asks for."""
+    if request.sweep is None:
+        yield from by_sweep(everything(request))
+        return
+    from dptune.sweep import load as jobs_of
+
+    found = load(request.root)
+    warn(found)
+    yield request.sweep, of_sweep(request.sweep, jobs_of(request.sweep, request.filters), found)
+
+
+def everything(request: Request) -> Results:
+    """All runs that pass the filters.
 
     Raises:
         ConfigError: when there are none, saying how to make some.
     """
     found = load(request.root)
     warn(found)
-    if request.sweep is not None:
-        from dptune.sweep import load as jobs_of
-
-        yield request.sweep, of_sweep(request.sweep, jobs_of(request.sweep, request.filters), found)
-        return
+    if not len(found.runs):
+        raise ConfigError(HOW_TO_MAKE_SOME.format(root=request.root))
     try:
-        results = filtered(found, request.filters) if len(found.runs) else found
+        results = filtered(found, request.filters)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not len(results.runs):
-        why = f"no record below {request.root} has {' '.join(request.filters)}" if len(found.runs) else ""
-        raise ConfigError(why or HOW_TO_MAKE_SOME.format(root=request.root))
-    yield from by_sweep(results)
+        raise ConfigError(f"no record below {request.root} has {' '.join(request.filters)}")
+    return results
 
 
 def by_sweep(results: Results) -> Iterator[tuple[str, Results]]:
@@ -109,3 +117,24 @@ def warn(results: Results) -> None:
     """Say loudly what was left out."""
     for reason in results.unreadable:
         print(f"dptune: LEFT OUT {reason}", file=sys.stderr)
+
+
+def claims(arguments: Sequence[str]) -> None:
+    """Print what the records say of each claim, and write it as CSV, LaTeX and HTML."""
+    from dptune.report.claims import claims as examined
+    from dptune.report.claims import claims_table
+
+    request = Request.of(arguments)
+    results = everything(request)
+    found = examined(results)
+    for claim in found:
+        print(f"{claim.number}. {claim.text}: {claim.verdict.upper()}\n   {claim.reason}")
+        if claim.contrast is not None:
+            p = "" if claim.p is None else f", p = {claim.p:.3g} after Holm"
+            print(f"   {claim.contrast.effect.n} seeds, {len(claim.contrast.run_ids)} runs{p}")
+        if claim.decide:
+            print(f"   To decide: {claim.decide}")
+    made = claims_table(found)
+    print("\n".join(["", *made.notes]))
+    write([made], request.to)
+    print(f"Effects, intervals and the runs behind them: {request.to / 'claims.csv'}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,13 +54,10 @@ def to_csv(table: Table) -> str:
     return stream.getvalue()
 
 
-def great(table: Table, *, latex: bool = False) -> GT:
+def great(table: Table) -> GT:
     """The table as a great-tables object."""
     import pandas as pd
     from great_tables import GT
-
-    def said(text: str) -> str:
-        return _latex(text) if latex else text
 
     content = pd.DataFrame(
         {column.head: [_text(row.get(column.key)) for row in table.rows] for column in table.columns}, dtype=object
@@ -86,7 +82,7 @@ def to_latex(table: Table) -> str:
 
 
 def write(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Each table as CSV, LaTeX and HTML, and its numbers as JSON Lines beside nothing else."""
+    """Each table as CSV, LaTeX and HTML, below `folder`."""
     written = []
     for table in tables:
         for suffix, text in ((".csv", to_csv(table)), (".tex", to_latex(table)), (".html", to_html(table))):

@@ -132,7 +132,7 @@ def filtered(results: Results, filters: Sequence[str]) -> Results:
     for item in filters:
         key, _, wanted = item.partition("=")
         columns = [name for name in (key, f"config.{key}") if name in runs]
-        columns += [name for name in runs if str(name).endswith(f".{key}")]
+        columns += [str(name) for name in runs if str(name).endswith(f".{key}")]
         if not columns:
             raise ValueError(f"no record has {key}; filters name a column such as privacy.name, method, sweep or state")
         values = wanted.split(",")

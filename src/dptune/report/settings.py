@@ -89,7 +89,7 @@ def settings_of(runs: pd.DataFrame) -> list[Setting]:
     names = [name for name in runs.columns if str(name).startswith("config.") and not name.startswith(NOT_SETTING)]
     coded = codes(runs, names)
     varied = [name for name in names if len(set(coded[name])) > 1]
-    columns = {str(name): _plain(runs[name]) for name in runs.columns}
+    columns = {str(name): plain(runs[name]) for name in runs.columns}
     # A stale run is never averaged with what the sweep asks for today.
     apart = codes(runs[["method", "state"]].assign(state=runs["state"] == STALE), ["state", "method"])
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -114,7 +114,7 @@ def codes(runs: pd.DataFrame, names: Sequence[str]) -> dict[str, list[int]]:
     return {name: coded(runs[name]) for name in names}
 
 
-def _plain(column: pd.Series[Any]) -> list[Any]:
+def plain(column: pd.Series[Any]) -> list[Any]:
     """A column as Python values, with None for every kind of null."""
     return [None if value is None or value != value else value for value in column.tolist()]
 
@@ -141,8 +141,8 @@ def mixed(settings: Iterable[Setting]) -> list[str]:
         values = sorted({str(item.value(column)) for item in private})
         if len(values) > 1:
             notes.append(
-                f"Rows differ in {COMPARABLE[column]} ({', '.join(values)}): they are never averaged, and no difference "
-                "between such rows is stated."
+                f"Rows differ in {COMPARABLE[column]} ({', '.join(values)}): they are never averaged, and no "
+                "difference between such rows is stated."
             )
     return notes
 
@@ -192,7 +192,9 @@ def references(settings: Sequence[Setting]) -> list[Setting | None]:
             exactly.setdefault((item.target, rest(item)), item)
     found: list[Setting | None] = []
     for item in settings:
-        stratum = by_target.get(item.target, []) if item.private else [other for at in by_target.values() for other in at]
+        stratum = (
+            by_target.get(item.target, []) if item.private else [other for at in by_target.values() for other in at]
+        )
         found.append(stratum[0] if len(stratum) == 1 else exactly.get((item.target, rest(item))))
     return found
 

@@ -1,12 +1,13 @@
 """Tables of results: pure functions of runs. No torch here.
 
-A table is a list of columns and of rows of cells; a cell knows its number, its interval, how many runs are behind it and
-which. `render.py` turns it into Markdown, CSV, LaTeX and HTML.
+A table is a list of columns and of rows of cells; a cell knows its number, its interval, how many runs are behind it
+and which. `render.py` turns it into Markdown, CSV, LaTeX and HTML.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -84,13 +85,14 @@ def _share(accuracies: Array) -> Array:
 
 
 def _worst(accuracies: Array) -> Array:
-    return np.eye(accuracies.shape[1])[accuracies.argmin(axis=1)]
+    return np.asarray(np.eye(accuracies.shape[1])[accuracies.argmin(axis=1)])
 
 
 def _spread(accuracies: Array) -> Array:
     deviation = accuracies.std(axis=1, keepdims=True)
     centred = accuracies - accuracies.mean(axis=1, keepdims=True)
-    return np.divide(centred, deviation * accuracies.shape[1], out=np.zeros_like(centred), where=deviation > 0)
+    zero = np.zeros_like(centred)
+    return np.asarray(np.divide(centred, deviation * accuracies.shape[1], out=zero, where=deviation > 0))
 
 
 ACCURACY = Measure("metrics.accuracy", "accuracy", "↑", _share)
@@ -143,7 +145,9 @@ def paired(results: Results, one: Setting, other: Setting, measure: Measure = AC
         raise ValueError("no seed in common")
     columns, ids = one.columns, one.columns["run_id"]
     left, right = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
-    differences = [_number(columns, a, measure) - _number(columns, b, measure) for a, b in zip(left, right, strict=True)]
+    differences = [
+        _number(columns, a, measure) - _number(columns, b, measure) for a, b in zip(left, right, strict=True)
+    ]
     run_ids = [ids[row] for row in (*left, *right)]
     items, variance = results.judgements(run_ids), 0.0
     tested = 0 if items is None else len(items.task_of)
@@ -182,10 +186,10 @@ def main_table(name: str, results: Results, title: str | None = None) -> Table:
     for at, (setting, reference) in enumerate(zip(settings, compared_with, strict=True), 1):
         difference = difference_cell(results, setting, reference, position.get(id(reference), 0))
         rows.append({"row": Cell(str(at), at), **setting_row(results, setting, difference)})
-    states = results.runs["state"].value_counts() if len(results.runs) else {}
-    counted = len(results.runs) - states.get(STALE, 0)
-    title = f"{title or name}: {states.get(DONE, 0)} of {counted} runs done"
-    title += f", {states[STALE]} stale" if states.get(STALE) else ""
+    states = Counter(results.runs["state"])
+    counted = len(results.runs) - states[STALE]
+    title = f"{title or name}: {states[DONE]} of {counted} runs done"
+    title += f", {states[STALE]} stale" if states[STALE] else ""
     found = procedures(results.runs)
     lines = notes(results, settings, found, compared=any(reference is not None for reference in compared_with))
     return Table(name, title, columns, tuple(rows), tuple(lines), tuple(found))
@@ -392,7 +396,10 @@ def comparison_table(name: str, results: Results) -> Table | None:
     if any("None" in row for row in rows):
         columns.append(Column("None", "no target ε", "↑"))
     base = next((item for item in compared_with.values() if item is not None), None)
-    lines = [f"Accuracy [95 %] (n); then the difference by seed to {base.arm}." if base else "Accuracy [95 %] (n).", INTERVALS]
+    lines = [
+        f"Accuracy [95 %] (n); then the difference by seed to {base.arm}." if base else "Accuracy [95 %] (n).",
+        INTERVALS,
+    ]
     lines += [*flag_notes(settings), *mixed(settings), *why_apart(settings)]
     return Table(f"{name}-comparison", f"{name}: methods by ε", tuple(columns), tuple(rows), tuple(lines))
 
@@ -401,16 +408,16 @@ def run_table(name: str, results: Results) -> Table:
     """Every run: where each number of the other tables comes from."""
     rows = []
     for at, setting in enumerate(settings_of(results.runs), 1):
-        columns = setting.columns
+        content = setting.columns
         for row in setting.rows:
-            run_id, accuracy = str(columns["run_id"][row]), _optional(columns, row, ACCURACY)
-            state, error = columns["state"][row], (columns["error"][row] if "error" in columns else None)
-            epsilon = columns["privacy.epsilon"][row] if "privacy.epsilon" in columns else None
+            run_id, accuracy = str(content["run_id"][row]), _optional(content, row, ACCURACY)
+            state, error = content["state"][row], (content["error"][row] if "error" in content else None)
+            epsilon = content["privacy.epsilon"][row] if "privacy.epsilon" in content else None
             rows.append(
                 {
                     "row": Cell(str(at), at),
                     "setting": Cell(setting.label),
-                    "seed": Cell(str(columns[SEED][row]) if SEED in columns else NONE),
+                    "seed": Cell(str(content[SEED][row]) if SEED in content else NONE),
                     "run": Cell(run_id, run_ids=(run_id,)),
                     "state": Cell(f"{state}: {error}" if error else state),
                     "accuracy": Cell(NONE if accuracy is None else f"{accuracy:.4f}", accuracy),
@@ -431,9 +438,7 @@ INTERVALS = (
 )
 
 
-def notes(
-    results: Results, settings: Sequence[Setting], found: Sequence[Procedure], compared: bool
-) -> list[str]:
+def notes(results: Results, settings: Sequence[Setting], found: Sequence[Procedure], compared: bool) -> list[str]:
     """What a reader must know to read the main table."""
     lines = [INTERVALS] if len(results.done) else []
     if compared:
