@@ -205,8 +205,8 @@ def read(folder: Path) -> RunRecord | None:
         if (version := content["schema_version"]) != SCHEMA_VERSION:
             other = "an older" if version < SCHEMA_VERSION else "a newer"
             raise RecordError(
-                f"{path}: schema version {version} of {other} dptune, this one reads {SCHEMA_VERSION}; read it with the "
-                "version that wrote it, or remove the folder to run it again"
+                f"{path}: schema version {version} of {other} dptune, this one reads {SCHEMA_VERSION}; read it with "
+                "the version that wrote it, or remove the folder to run it again"
             )
         record = _parse(content)
         _check(record)

@@ -308,7 +308,7 @@ TESTS: Sequence[_Test] = (
         2,
         "Less privacy budget at equal accuracy",
         "doublings of ε saved",
-        "Where the method's curve of accuracy over log2 epsilon reaches each accuracy of the baseline; inside the curve.",
+        "Where the method's curve of accuracy over log2 epsilon reaches each accuracy of the baseline.",
         ("data", "environment"),
         "target",
         _saving,

@@ -138,3 +138,14 @@ def claims(arguments: Sequence[str]) -> None:
     print("\n".join(["", *made.notes]))
     write([made], request.to)
     print(f"Effects, intervals and the runs behind them: {request.to / 'claims.csv'}")
+
+
+def figures(arguments: Sequence[str]) -> None:
+    """Write every figure of each sweep as SVG and PNG."""
+    from dptune.report.figures import all_figures
+    from dptune.report.figures import write as save
+
+    request = Request.of(arguments)
+    for name, results in selected(request):
+        written = save(all_figures(results), request.to / "figures" / name)
+        print(f"{titled(name)}: {len(written) // 2} figures in {request.to / 'figures' / name}")
