@@ -34,7 +34,11 @@ def privacy_utility(results: Results) -> Chart | None:
         return None
     data = pd.DataFrame(rows)
     x = alt.X("epsilon:Q", title="ε spent (log scale)", scale=alt.Scale(type="log", nice=False, padding=20))
-    layers = [*levels(results), intervals(data, x), lines(data, x), dots(data, x)]
+    layers = [*levels(results), intervals(data, x), dots(data, x)]
+    settings = [item for item in settings_of(results.runs) if item.done and item.private]
+    if family := _alone(results, settings, "config.privacy.target_epsilon"):
+        # A line joins settings that differ in epsilon only; different settings are never averaged.
+        layers.append(lines(pd.DataFrame(family), x))
     return finished(alt.layer(*layers), "Accuracy by privacy budget")
 
 
@@ -68,7 +72,7 @@ def pareto(results: Results) -> Chart | None:
     step = alt.Chart(pd.DataFrame(front)).mark_line(interpolate="step-after", color="#555555", strokeDash=[4, 3])
     marks = (
         alt.Chart(pd.DataFrame(rows))
-        .mark_point(size=80, filled=True)
+        .mark_point(size=80, strokeWidth=2.5)
         .encode(x, y, colour(), shape(), opacity=alt.Opacity("front:N", title=None, scale=FRONT), tooltip=TOOLTIP)
     )
     return finished(alt.layer(step.encode(x, y), marks), "Pareto front of accuracy and ε")
@@ -138,10 +142,12 @@ def stability(results: Results) -> Chart | None:
     x = alt.X("accuracy:Q", title=title, scale=SHARE)
     bar = (
         alt.Chart(data)
-        .mark_rule(strokeWidth=6, opacity=0.35)
-        .encode(alt.X("min(accuracy):Q", title=title, scale=SHARE), alt.X2("max(accuracy):Q"), y, colour())
+        .mark_rule(strokeWidth=6, opacity=0.5, color="#BBBBBB")
+        .encode(alt.X("min(accuracy):Q", title=title, scale=SHARE), alt.X2("max(accuracy):Q"), y)
     )
-    tick = alt.Chart(data).mark_point(filled=True, size=60).encode(x, y, colour(), shape(), tooltip=TOOLTIP)
+    tick = (
+        alt.Chart(data).mark_point(size=60, strokeWidth=2.5, opacity=1).encode(x, y, colour(), shape(), tooltip=TOOLTIP)
+    )
     return finished(alt.layer(bar, tick).properties(width=WIDTH, height=alt.Step(34)), "Stability over settings")
 
 
@@ -319,42 +325,51 @@ def levels(results: Results) -> Iterator[Chart]:
         found["non-private (ceiling)"] = best.mean
     for label, value in found.items():
         data = pd.DataFrame([{"label": f"{label} {value:.3f}", "level": value}])
-        rule = alt.Chart(data).mark_rule(color="#555555", strokeDash=[2, 2]).encode(alt.Y("level:Q", scale=SHARE))
-        text = alt.Chart(data).mark_text(align="left", dx=4, dy=-7, color="#333333", fontSize=11)
-        yield alt.layer(rule, text.encode(alt.Y("level:Q", scale=SHARE), x=alt.value(0), text="label:N"))
+        y = alt.Y("level:Q", title="accuracy (share of 1)", scale=SHARE)
+        rule = alt.Chart(data).mark_rule(color="#555555", strokeDash=[2, 2]).encode(y)
+        above = -7 if "ceiling" in label else 9
+        text = alt.Chart(data).mark_text(align="left", dx=4, dy=above, color="#333333", fontSize=11)
+        yield alt.layer(rule, text.encode(y, x=alt.value(0), text="label:N"))
 
 
 def dots(data: pd.DataFrame, x: alt.X) -> Chart:
     """One mark a setting."""
     y = alt.Y("accuracy:Q", title="accuracy (share of 1)", scale=SHARE)
-    return alt.Chart(data).mark_point(filled=True, size=70, opacity=1).encode(x, y, colour(), shape(), tooltip=TOOLTIP)
+    return (
+        alt.Chart(data).mark_point(size=70, strokeWidth=2.5, opacity=1).encode(x, y, colour(), shape(), tooltip=TOOLTIP)
+    )
 
 
 def lines(data: pd.DataFrame, x: alt.X) -> Chart:
-    """The mean of a method's settings at each value, so that a line is a function of it."""
-    y = alt.Y("mean(accuracy):Q", title="accuracy (share of 1)", scale=SHARE)
-    return alt.Chart(data).mark_line(opacity=0.6).encode(x, y, colour(), dash())
+    """A method's settings in the order of what they differ in."""
+    y = alt.Y("accuracy:Q", title="accuracy (share of 1)", scale=SHARE)
+    return alt.Chart(data).mark_line(opacity=0.6).encode(x, y, colour(legend=None), dash(legend=None))
 
 
 def intervals(data: pd.DataFrame, x: alt.X) -> Chart:
     """95 % intervals."""
     y = alt.Y("low:Q", title="accuracy (share of 1)", scale=SHARE)
-    return alt.Chart(data).mark_rule(strokeWidth=1.5).encode(x, y, alt.Y2("high:Q"), colour())
+    return alt.Chart(data).mark_rule(strokeWidth=1.5, color="#777777").encode(x, y, alt.Y2("high:Q"))
 
 
-def colour() -> alt.Color:
+def colour(**options: Any) -> alt.Color:
     """Methods by colour."""
-    return alt.Color("method:N", title="method", scale=alt.Scale(range=COLOURS), legend=alt.Legend(labelLimit=240))
+    return alt.Color("method:N", title="method", scale=alt.Scale(range=COLOURS), **{"legend": _legend(), **options})
 
 
 def shape() -> alt.Shape:
     """Methods by shape."""
-    return alt.Shape("method:N", title="method")
+    return alt.Shape("method:N", title="method", legend=_legend())
 
 
-def dash() -> alt.StrokeDash:
+def dash(**options: Any) -> alt.StrokeDash:
     """Methods by dash."""
-    return alt.StrokeDash("method:N", title="method")
+    return alt.StrokeDash("method:N", title="method", **{"legend": _legend(), **options})
+
+
+def _legend() -> alt.Legend:
+    """One legend for colour, shape and dash: Vega merges those that are equal."""
+    return alt.Legend(labelLimit=240)
 
 
 def finished(chart: Chart, title: str) -> Chart:
