@@ -149,3 +149,13 @@ def figures(arguments: Sequence[str]) -> None:
     for name, results in selected(request):
         written = save(all_figures(results), request.to / "figures" / name)
         print(f"{titled(name)}: {len(written) // 2} figures in {request.to / 'figures' / name}")
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write the page, with the figures and tables of each sweep beside it."""
+    from dptune.report.page import write as save
+
+    request = Request.of(arguments)
+    whole = everything(request)
+    sections = [(name, titled(name), results, all_tables(name, results)) for name, results in by_sweep(whole)]
+    print(save(sections, whole, request.to / "report.html"))

@@ -73,7 +73,7 @@ def pareto(results: Results) -> Chart | None:
     marks = (
         alt.Chart(pd.DataFrame(rows))
         .mark_point(size=80, strokeWidth=2.5)
-        .encode(x, y, colour(), shape(), opacity=alt.Opacity("front:N", title=None, scale=FRONT), tooltip=TOOLTIP)
+        .encode(x, y, colour(), shape(), opacity=alt.Opacity("front:O", title=None, scale=FRONT), tooltip=TOOLTIP)
     )
     return finished(alt.layer(step.encode(x, y), marks), "Pareto front of accuracy and ε")
 
@@ -343,7 +343,7 @@ def dots(data: pd.DataFrame, x: alt.X) -> Chart:
 def lines(data: pd.DataFrame, x: alt.X) -> Chart:
     """A method's settings in the order of what they differ in."""
     y = alt.Y("accuracy:Q", title="accuracy (share of 1)", scale=SHARE)
-    return alt.Chart(data).mark_line(opacity=0.6).encode(x, y, colour(legend=None), dash(legend=None))
+    return alt.Chart(data).mark_line(color="#999999").encode(x, y, dash(legend=None))
 
 
 def intervals(data: pd.DataFrame, x: alt.X) -> Chart:
@@ -352,9 +352,9 @@ def intervals(data: pd.DataFrame, x: alt.X) -> Chart:
     return alt.Chart(data).mark_rule(strokeWidth=1.5, color="#777777").encode(x, y, alt.Y2("high:Q"))
 
 
-def colour(**options: Any) -> alt.Color:
+def colour() -> alt.Color:
     """Methods by colour."""
-    return alt.Color("method:N", title="method", scale=alt.Scale(range=COLOURS), **{"legend": _legend(), **options})
+    return alt.Color("method:N", title="method", scale=alt.Scale(range=COLOURS), legend=_legend())
 
 
 def shape() -> alt.Shape:
