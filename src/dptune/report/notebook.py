@@ -37,7 +37,9 @@ def results(folder: str | Path | None = None) -> Results:
             print(f"LEFT OUT {reason}")
         if len(found.runs):
             sample = (
-                ", the SAMPLE: real but very short runs, too short to conclude anything" if root.name == "sample" else ""
+                ", the SAMPLE: real but very short runs, too short to conclude anything"
+                if root.name == "sample"
+                else ""
             )
             print(f"{len(found.done)} finished runs of {len(found.runs)} records in {root.name}/{sample}")
             return found
