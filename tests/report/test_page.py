@@ -131,7 +131,8 @@ const result = {
   wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   requests: performance.getEntriesByType("resource").map((entry) => entry.name),
 };
-document.body.replaceChildren(Object.assign(document.createElement("pre"), { id: "probe", textContent: JSON.stringify(result) }));
+const probe = Object.assign(document.createElement("pre"), { id: "probe", textContent: JSON.stringify(result) });
+document.body.replaceChildren(probe);
 </script>
 """
 

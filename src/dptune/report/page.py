@@ -77,7 +77,7 @@ def page(sections: Sequence[tuple[str, str, Results, Sequence[Table]]], whole: R
 <nav aria-label="Sections"><ul>{navigation}</ul></nav>
 </header>
 <main>
-<noscript><p class="loud">Sorting, figures and the pages of single runs need JavaScript; the tables do not.</p></noscript>
+<noscript><p class="loud">Sorting, figures and sections of single runs need JavaScript; tables do not.</p></noscript>
 {"".join(body)}
 </main>
 <footer><p class="note">Made from records by <code>dptune report</code>.</p></footer>
@@ -323,7 +323,8 @@ def how_to(results: Results) -> str:
     note = f"The code was at {', '.join(str(commit)[:12] for commit in commits)}." if commits else ""
     return (
         '<section id="how"><h2>Make it again</h2><p>Runs that are finished are skipped; a run in reproducible noise '
-        f'mode gives the same numbers again on the same versions.</p><pre tabindex="0">{escape(chr(10).join(lines))}</pre>'
+        "mode gives the same numbers again on the same versions.</p>"
+        f'<pre tabindex="0">{escape(chr(10).join(lines))}</pre>'
         f'<p class="note">{escape(note)}</p></section>'
     )
 
