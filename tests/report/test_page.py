@@ -87,6 +87,7 @@ def test_a_run_says_in_plain_words_what_it_guarantees(page: Path) -> None:
     assert "ε = 1.000 at δ = 1e-05: whatever they conclude is at most 2.72 times as likely" in private["statement"][0]
     assert any("accounted, not realised" in text for text in private["statement"])
     assert [row["loss"] for row in private["history"]] == [3.0, 1.5, 1.0, 0.75]
+    assert private["results"]["accuracy"] > 0.5 and private["results"]["zero_shot.accuracy"] == 0.25
     ceiling = next(run for run in runs if "none" in run["setting"])
     assert "guarantees nothing" in ceiling["statement"][0]
 

@@ -109,8 +109,8 @@ def claims_table(found: Sequence[Claim]) -> Table:
     notes = (
         "Claims of arXiv:2512.06711 by its abstract, tested on the records here; no number is the paper's.",
         "Effect: positive is in favour of the claim; against the strongest baseline, paired by seed. Supported: "
-        f"p below {LEVEL} after Holm. Not supported: no effect, a negative one, or one that is surely below what "
-        f"matters. Undecided: anything else, and whatever has fewer than {FEWEST_SEEDS} seeds.",
+        f"p below {LEVEL} after Holm. Not supported: with 95 % confidence (one-sided) the effect is negative or below "
+        f"what matters ({MATTERS} of accuracy). Undecided: anything else, and fewer than {FEWEST_SEEDS} seeds.",
     )
     return Table("claims", "Claims", tuple(Column(*item) for item in columns), tuple(rows), notes)
 
@@ -151,14 +151,13 @@ def _judged(claim: Claim, test: _Test) -> Claim:
         return replace(claim, verdict="undecided", reason=reason, decide="the same at equal accuracy")
     if effect.mean > 0 and p < LEVEL:
         return replace(claim, verdict="supported", reason=f"{said}.", decide="")
-    if effect.mean <= 0:
-        words = "the records contradict it" if high < 0 else "the records point the other way"
-        return replace(
-            claim, verdict="not supported", reason=f"{said}: {words}.", decide="" if high < 0 else test.needs
-        )
-    if high < test.matters:
-        return replace(claim, verdict="not supported", reason=f"{said}: too small to matter.", decide="")
     error = (high - low) / 2 / t_quantile(effect.n - 1)
+    if effect.mean + t_quantile(effect.n - 1, 0.95) * error <= test.matters:
+        words = "the records contradict it" if high < 0 else "no effect, or one too small to matter"
+        return replace(claim, verdict="not supported", reason=f"{said}: {words}.", decide="")
+    if effect.mean <= 0:
+        reason = f"{said}: no sign of it, but too few seeds to rule it out."
+        return replace(claim, verdict="undecided", reason=reason, decide=f"more seeds than {effect.n}")
     # A power of 80 % at the level that Holm's correction leaves to the smallest of seven p-values.
     wanted = max(effect.n + 1, math.ceil(effect.n * (3.5 * error / effect.mean) ** 2))
     seeds = f"about {wanted} seeds" if wanted <= 200 else "more seeds than are sensible"

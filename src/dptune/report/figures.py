@@ -7,6 +7,7 @@ with colour blindness can tell apart), in shape and in dash, so that prints in g
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -386,8 +387,13 @@ def finished(chart: Chart, title: str) -> Chart:
 
 
 def histories(results: Results) -> Iterator[tuple[str, list[dict[str, object]]]]:
-    """Run ids with their histories: the first finished run of each setting, at most eight."""
-    for setting in [item for item in settings_of(results.runs) if item.done][:8]:
+    """Run ids with their histories: one finished run a setting, eight at most, the methods in turn."""
+    by_method: dict[str, list[Setting]] = {}
+    for item in settings_of(results.runs):
+        if item.done:
+            by_method.setdefault(item.arm, []).append(item)
+    turns = (item for round in itertools.zip_longest(*by_method.values()) for item in round if item is not None)
+    for setting in itertools.islice(turns, 8):
         if rows := history(results.root / setting.run_ids[0]):
             yield setting.run_ids[0], rows
 

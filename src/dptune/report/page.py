@@ -360,7 +360,11 @@ def _paragraphs(texts: Iterable[str]) -> str:
 
 
 def _part(columns: Mapping[str, Sequence[Any]], row: int, names: Iterable[str]) -> dict[str, Any]:
-    found = {name.partition(".")[2]: columns[name][row] for name in names if name in columns}
+    found = {
+        name.removeprefix("metrics.").removeprefix("provenance."): columns[name][row]
+        for name in names
+        if name in columns
+    }
     return {
         key: round(value, 4) if isinstance(value, float) else value for key, value in found.items() if value is not None
     }

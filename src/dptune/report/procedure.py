@@ -31,6 +31,8 @@ class Procedure:
     """Its delta."""
     run_ids: tuple[str, ...]
     """The runs it covers."""
+    data: str = "unknown"
+    """Fingerprint of their data."""
 
 
 def procedures(runs: pd.DataFrame) -> list[Procedure]:
@@ -43,6 +45,7 @@ def procedures(runs: pd.DataFrame) -> list[Procedure]:
     groups = [group for _, group in private.groupby(keys, sort=False, dropna=False)] if len(private) else []
     found = [item for group in groups for item in _of(group)]
     if len(groups) > 1:
+        found = [replace(item, text=f"{item.text} Data {item.data}.") for item in found]
         text = "These runs differ in data, unit or delta: no ε is stated for all of them together."
         found.append(Procedure(text, None, None, ()))
     notes = []
@@ -64,12 +67,13 @@ def _of(runs: pd.DataFrame) -> list[Procedure]:
         if (again := sum(times for _, times in plans) - len(plans)) > 0:
             what += f", and {again} transcripts that were begun before,"
         text = f"Epsilon of {what} is {rounded_up(epsilon):.3f} (delta = {delta:g}, unit {unit}, {how})."
-        found = [Procedure(text, epsilon, delta, ids)]
+        data = str(runs["provenance.data"].iloc[0]) if "provenance.data" in runs else "unknown"
+        found = [Procedure(text, epsilon, delta, ids, data)]
         if (drawn := _repetitions(runs)) is not None:
             covered = bool((runs["provenance.repetitions.score_is_covered"] == True).all())  # noqa: E712
             configs = list(dict.fromkeys(plan for plan, _ in plans))
             best = statement(configs, "best_of_random", delta=delta, repetitions=drawn, score_is_covered=covered)
-            found.append(Procedure(best.text, best.epsilon, delta, ids))
+            found.append(Procedure(best.text, best.epsilon, delta, ids, data))
         return found
     except PlanError as error:
         return [Procedure(f"No ε is stated for all {len(runs)} runs: {error}.", None, None, ids)]
