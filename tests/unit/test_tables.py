@@ -61,7 +61,7 @@ def test_a_table_shows_means_intervals_floor_and_ceiling(tmp_path: Path) -> None
     assert f"releasing all 2 runs together is {together:.3f}" in text and together > PLAN.epsilon()
     assert "The 2 non-private runs have no ε at all." in text
     assert "accounted, not realised" in text and "stand-in" in text
-    assert "4 runs have no judged items" in text
+    assert "4 runs are shown without their judged items" in text
 
 
 def test_begun_transcripts_and_stale_runs_count_in_the_epsilon_of_all(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ ORDER = (
     "config.environment.seed",
 )
 """How runs are listed where no sweep gives an order."""
+MOST_WITH_ITEMS = 4000
+"""Above this many runs their judged items, a hundred times larger than what is shown, stay in their folders."""
 HOW_TO_MAKE_SOME = (
     "no records in {root}: `make sweep SWEEP=smoke` makes four in a minute or two, and `make sweep` the main ones"
 )
@@ -72,14 +74,13 @@ class Results:
         return Judgements(names, task_of, np.array([self.correct[run_id] for run_id in run_ids], dtype=np.float64))
 
 
-def load(root: Path, *, items: bool = True) -> Results:
+def load(root: Path) -> Results:
     """Everything below an output folder. Records that cannot be read are named in `unreadable`.
 
-    Args:
-        root: the folder of the run folders.
-        items: also read which test items each run got right, which intervals over items need.
+    Which test items each run got right is read too, for up to `MOST_WITH_ITEMS` runs.
     """
     found = collect(root)
+    items = len(found.records) <= MOST_WITH_ITEMS
     return of_records(found.records, root, unreadable=found.unreadable, items=items)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dptune.report.results import DONE, STALE
@@ -41,13 +42,13 @@ class Setting:
     rows: tuple[int, ...]
     """Which of them are of this setting, in every state."""
 
-    @property
+    @cached_property
     def done(self) -> tuple[int, ...]:
         """Rows of its finished runs."""
         states = self.columns["state"]
         return tuple(row for row in self.rows if states[row] == DONE)
 
-    @property
+    @cached_property
     def arm(self) -> str:
         """Its method: the name it was asked for by, or adapter and privacy setting."""
         return self.value("method") or f"{self.value('config.adapter.name')} + {self.value('config.privacy.name')}"
@@ -62,7 +63,7 @@ class Setting:
         """Target epsilon."""
         return self.value("config.privacy.target_epsilon") if self.private else None
 
-    @property
+    @cached_property
     def run_ids(self) -> tuple[str, ...]:
         """Ids of its finished runs."""
         return tuple(self.values("run_id"))

@@ -445,7 +445,7 @@ def notes(results: Results, settings: Sequence[Setting], found: Sequence[Procedu
         lines.append("Difference “to k”: to row k, by seed, on the same data and test items.")
     without = sum(run_id not in results.tasks for run_id in results.done["run_id"]) if len(results.runs) else 0
     if without:
-        lines.append(f"{without} runs have no judged items beside their record: their intervals are over seeds only.")
+        lines.append(f"{without} runs are shown without their judged items: those intervals are over seeds only.")
     private = [item for item in settings if item.private and item.done]
     if private:
         units = sorted({str(item.value("privacy.unit")) for item in private})
