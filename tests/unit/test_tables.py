@@ -106,6 +106,20 @@ def test_a_sweep_without_any_run_is_all_missing(tmp_path: Path) -> None:
     assert "0 of 4 runs done" in text and text.count("2 missing") == 2
 
 
+def test_a_run_that_another_sweep_made_has_the_method_it_was_asked_for_by_here(tmp_path: Path) -> None:
+    jobs = smoke(tmp_path, "privacy=uniform,adaptive")
+    for job in jobs:
+        job.config.method = "dp_lora" if job.config.privacy.name == "uniform" else "dptune"
+    for job in jobs:
+        finish(job, 0.8 if job.config.method == "dptune" else 0.7, tmp_path)
+        record = read(tmp_path / job.run_id)
+        assert record is not None
+        record.method = None
+        record.write(tmp_path / job.run_id)
+    text = shown(tmp_path, jobs)
+    assert "dp_lora" in text and "dptune" in text and "+0.100" in text
+
+
 def test_the_largest_epsilon_of_a_setting_is_shown(tmp_path: Path) -> None:
     jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
     for job, epsilon in zip(jobs, (7.1, 7.90001), strict=True):

@@ -109,7 +109,11 @@ def of_sweep(name: str, jobs: Sequence[Job], found: Results) -> Results:
     asked = [job.run_id for job in jobs]
     runs = found.runs
     wanted = runs[runs["run_id"].isin(asked)]
-    lacking = [job for job in jobs if job.run_id not in set(wanted["run_id"])]
+    # A run that several sweeps share was recorded under the method of the first; here it has the name it has here.
+    named = {job.run_id: job.config.method for job in jobs}
+    wanted = wanted.assign(method=wanted["run_id"].map(named).astype(object))
+    present = {str(run_id) for run_id in wanted["run_id"]}
+    lacking = [job for job in jobs if job.run_id not in present]
     planned = to_frame(
         RunRecord(job.run_id, "running", dataclasses.asdict(job.config), name, job.config.method) for job in lacking
     )
