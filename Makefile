@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 SWEEP  ?= hyperparameter
 ARGS   ?=
+RECORDS ?= outputs
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup sweep table test check format clean
+.PHONY: help setup sweep table tables figures claims report notebooks sample test check format clean
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -29,6 +30,27 @@ sweep: $(STAMP) ## Run a sweep and print its table: make sweep [SWEEP=hyperparam
 
 table: $(STAMP) ## Print the table of a sweep again: make table [SWEEP=hyperparameter]
 	@$(BIN)/dptune table $(SWEEP) $(ARGS)
+
+tables: $(STAMP) ## All tables as Markdown, CSV, LaTeX and HTML: make tables [RECORDS=outputs] [ARGS="method=dptune"]
+	@$(BIN)/dptune tables compute.output_root=$(RECORDS) $(ARGS)
+
+figures: $(STAMP) ## All figures as SVG and PNG
+	@$(BIN)/dptune figures compute.output_root=$(RECORDS) $(ARGS)
+
+claims: $(STAMP) ## What the records say of each claim
+	@$(BIN)/dptune claims compute.output_root=$(RECORDS) $(ARGS)
+
+report: $(STAMP) ## One self-contained page: report/report.html
+	@$(BIN)/dptune report compute.output_root=$(RECORDS) $(ARGS)
+
+notebooks: $(STAMP) ## Run the notebooks of analysis/ into report/notebooks/*.html
+	@mkdir -p report/notebooks
+	@DPTUNE_RECORDS=$(abspath $(RECORDS)) $(BIN)/jupyter nbconvert --execute --to html \
+	  --HTMLExporter.require_js_url= --HTMLExporter.mathjax_url= --output-dir report/notebooks analysis/*.ipynb
+
+sample: $(STAMP) ## Make the sample records of analysis/sample again
+	@$(BIN)/dptune -m sweeps=sample compute.output_root=analysis/sample hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
+	@find analysis/sample -mindepth 2 ! -name record.json ! -name history.jsonl ! -name evaluation.jsonl -delete
 
 test: $(STAMP) ## Run the tests
 	@$(BIN)/python -m pytest -q $(ARGS)

@@ -21,6 +21,8 @@ from dptune.config import Config, ConfigError, strict, unknown_key
 from dptune.records import RecordError, RunFailed
 from dptune.sweep import ROOT
 
+VIEWS = ("table", "tables", "figures", "claims", "report")
+"""Views of the records: functions of dptune.report.commands."""
 USAGE_ERROR, RUN_FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -30,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Hydra hands exceptions through only then; `errors_for_people` shows them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with errors_for_people():
-        if argv[:1] == ["table"]:
-            table(argv[1:])
+        if argv and argv[0] in VIEWS:
+            from dptune.report import commands
+
+            getattr(commands, argv[0])(argv[1:])
         else:
             sys.argv = ["dptune", *argv]
             hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")(job)()
@@ -44,6 +48,8 @@ def errors_for_people() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         fail("interrupted; finished runs are kept, the same command does the rest", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # The reader, such as `head`, has seen enough.
     except (ConfigError, RecordError, HydraException, OmegaConfBaseException) as error:
         fail(in_one_line(error), USAGE_ERROR)
     except (RunFailed, BlockingIOError) as error:
@@ -71,16 +77,6 @@ def one_run(config: Config, report: Callable[[str], None]) -> None:
         log = f"{config.compute.output_root}/{record.run_id}/run.log"
         raise RunFailed(f"run {record.run_id} failed: {record.error}; its log is {log}")
     print(f"{record.run_id}  {summary(record)}", flush=True)
-
-
-def table(argv: Sequence[str]) -> None:
-    """`dptune table [SWEEP] [OVERRIDE ...]`: the results of a sweep, missing runs included."""
-    from dptune.report.tables import sweep_table
-    from dptune.sweep import load
-
-    name = argv[0] if argv and "=" not in argv[0] else "hyperparameter"
-    jobs = load(name, [item for item in argv if "=" in item])
-    print(sweep_table(name, jobs))
 
 
 def in_one_line(error: Exception) -> str:

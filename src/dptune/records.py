@@ -1,12 +1,14 @@
 """The record of one run: its documented schema, how it is written, claimed and read.
 
-A run folder `outputs/<run_id>/` holds `record.json` (this schema), `history.jsonl` (one line a step), `adapter/`
-(PEFT format), `config.yaml`, `run.log`. Tables, figures and W&B are views of it. No torch here.
+A run folder `outputs/<run_id>/` holds `record.json` (this schema), `history.jsonl` (one line a step),
+`evaluation.jsonl` (one line a test example), `adapter/` (PEFT format), `.hydra/`, `run.log`. Tables, figures and W&B
+are views of it. No torch here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -57,7 +59,7 @@ class Metrics:
     """Number of test examples of each task."""
 
 
-@dataclass
+@dataclass(slots=True)
 class GroupPrivacy:
     """Clip and noise of one group of parameters in the last step."""
 
@@ -202,23 +204,101 @@ def read(folder: Path) -> RunRecord | None:
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: not readable as JSON ({error}); remove the folder to run it again") from None
     try:
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise RecordError(f"{path}: schema version {content['schema_version']}, this code reads {SCHEMA_VERSION}")
-        return _parse(content)
-    except (KeyError, TypeError, AttributeError) as error:
+        if (version := content["schema_version"]) != SCHEMA_VERSION:
+            other = "an older" if version < SCHEMA_VERSION else "a newer"
+            raise RecordError(
+                f"{path}: schema version {version} of {other} dptune, this one reads {SCHEMA_VERSION}; read it with "
+                "the version that wrote it, or remove the folder to run it again"
+            )
+        record = _parse(content)
+        _check(record)
+        return record
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, RecordError):
+            raise
         raise RecordError(f"{path}: not a run record ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What lies in an output folder."""
+
+    records: tuple[RunRecord, ...]
+    """Records that can be read, in the order of their run ids."""
+    unreadable: tuple[str, ...] = ()
+    """One line for each record that was left out: its path and the reason."""
+
+
+def collect(root: Path) -> Collection:
+    """All records below `root`; those that cannot be read are named, not hidden."""
+    records: dict[str, RunRecord] = {}
+    unreadable = []
+    with _without_collector():
+        for folder in sorted(str(path.parent) for path in root.glob(f"*/{RECORD_FILE}")):
+            try:
+                record = read(Path(folder))
+            except RecordError as error:
+                unreadable.append(str(error))
+                continue
+            if record is not None and records.setdefault(record.run_id, record) is not record:
+                unreadable.append(f"{folder}/{RECORD_FILE}: a copy of run {record.run_id}, which would count twice")
+    return Collection(tuple(records.values()), tuple(unreadable))
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the search for reference cycles: many records have none, and looking for them takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_all(root: Path) -> list[RunRecord]:
     """All records below `root`, in the order of their names; a corrupt one is left out with a warning."""
-    return list(_readable(sorted(path.parent for path in root.glob(f"*/{RECORD_FILE}"))))
+    found = collect(root)
+    for reason in found.unreadable:
+        warnings.warn(f"left out {reason}", stacklevel=2)
+    return list(found.records)
 
 
 def to_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row a run; nested names are joined by dots (`metrics.accuracy`, `config.hyperparameter.rank`)."""
+    """One row a run; nested names are joined by dots (`metrics.accuracy`, `config.hyperparameter.rank`).
+
+    Parts that are read as such and would be many columns stay whole, such as `privacy.groups` and `privacy.plan`.
+    """
     import pandas as pd
 
-    return pd.json_normalize([dataclasses.asdict(record) for record in records])
+    with _without_collector():
+        rows = [_flatten(vars(record), "", {}) for record in records]
+        shapes = {tuple(row): None for row in rows}
+        names = list(dict.fromkeys(name for shape in shapes for name in shape))
+        if len(shapes) == 1:
+            # The usual case, many runs of one kind, fast.
+            columns: Iterable[Any] = zip(*(row.values() for row in rows), strict=True)
+        else:
+            columns = ([row.get(name) for row in rows] for name in names)
+        return pd.DataFrame(dict(zip(names, columns, strict=True)))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str, row: dict[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, Metrics | Privacy | Parameters | Cost):
+            _flatten(vars(value), name + ".", row)
+        elif isinstance(value, dict) and name not in _WHOLE:
+            _flatten(value, name + ".", row)
+        else:
+            row[name] = value
+    if prefix == "parameters.":
+        row["parameters.fraction"] = values["trainable"] / values["total"]
+    return row
+
+
+_WHOLE = ("privacy.groups", "privacy.plan", "privacy.accountants", "provenance.versions", "config.data.columns")
 
 
 @contextmanager
@@ -242,17 +322,6 @@ def claimed(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _readable(folders: Iterable[Path]) -> Iterator[RunRecord]:
-    for folder in folders:
-        try:
-            record = read(folder)
-        except RecordError as error:
-            warnings.warn(f"left out {error}", stacklevel=3)
-            continue
-        if record is not None:
-            yield record
-
-
 def _parse(content: dict[str, Any]) -> RunRecord:
     def metrics(part: Mapping[str, Any] | None) -> Metrics | None:
         return None if part is None else Metrics(**part)
@@ -274,6 +343,25 @@ def _parse(content: dict[str, Any]) -> RunRecord:
             "cost": None if cost is None else Cost(**cost),
         }
     )
+
+
+def _check(record: RunRecord) -> None:
+    """Refuse what would be shown as a result and cannot be one."""
+    if record.status not in ("running", "done", "failed"):
+        raise ValueError(f"status is {record.status!r}, not running, done or failed")
+    if not isinstance(record.config, dict) or not isinstance(record.provenance, dict):
+        raise ValueError("config and provenance must be objects")
+    if record.status == "done" and (record.metrics is None or record.privacy is None):
+        raise ValueError("a finished run needs metrics and privacy")
+    for name, part in (("metrics", record.metrics), ("zero_shot", record.zero_shot)):
+        shares = [] if part is None else [part.accuracy, *part.accuracy_by_task.values()]
+        if any(isinstance(share, bool) or not 0 <= share <= 1 for share in shares):
+            raise ValueError(f"{name} holds an accuracy outside [0, 1]")
+    privacy = record.privacy
+    if record.status == "done" and privacy is not None and privacy.private:
+        stated = (privacy.epsilon, privacy.delta, privacy.noise_multiplier)
+        if any(value is not None and not value > 0 for value in stated):
+            raise ValueError("epsilon, delta and noise multiplier of a private run must be above 0")
 
 
 def _finite(value: Any) -> Any:

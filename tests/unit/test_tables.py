@@ -1,36 +1,33 @@
+import csv
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
+from report.planted import PLAN, TASKS
 
-from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.accounting import rounded_up
 from dptune.privacy.selection import epsilon_all
 from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord, read
-from dptune.report.tables import sweep_table, wilson, with_interval
-from dptune.sweep import Job, load
-
-PLAN = PrivacyPlan(
-    num_units=512,
-    expected_batch_size=64,
-    steps=4,
-    delta=1e-5,
-    noise_multiplier=1.0,
-    max_grad_norm=1.0,
-    noise_mode="reproducible",
-)
+from dptune.report.render import great, markdown, to_csv, to_latex, write
+from dptune.report.results import Results, load, of_sweep
+from dptune.report.tables import comparison_table, cost_table, main_table, run_table, task_table
+from dptune.sweep import Job
+from dptune.sweep import load as jobs_of
 
 
 def finish(job: Job, accuracy: float, root: Path) -> None:
     private = job.config.privacy.enabled
-    metrics = Metrics(accuracy, {"a": accuracy, "b": accuracy - 0.1}, "b", 0.05, accuracy, 1.2, 64, 60, {"a": 64})
-    floor = dataclasses.replace(metrics, accuracy=0.2, accuracy_by_task={"a": 0.2})
+    metrics = Metrics(accuracy, {"a": accuracy, "b": accuracy - 0.1}, "b", 0.05, accuracy, 1.2, 60, 60, TASKS)
+    floor = dataclasses.replace(metrics, accuracy=0.2, accuracy_by_task={"a": 0.2, "b": 0.2})
     guarantee = Privacy(
-        private, "example", 7.9, 8.0, 1e-5, noise_mode="reproducible", stand_in=True, plan=PLAN.to_dict()
+        private, "example", 7.9, 8.0, 1e-5, 1.0, noise_mode="reproducible", stand_in=True, plan=PLAN.to_dict()
     )
     RunRecord(
         run_id=job.run_id,
         status="done",
         config=dataclasses.asdict(job.config),
+        sweep="smoke",
         metrics=metrics,
         zero_shot=floor,
         privacy=guarantee if private else Privacy(False),
@@ -39,64 +36,169 @@ def finish(job: Job, accuracy: float, root: Path) -> None:
     ).write(root / job.run_id)
 
 
+def smoke(root: Path, *overrides: str) -> list[Job]:
+    return jobs_of("smoke", [f"compute.output_root={root}", *overrides])
+
+
+def shown(root: Path, jobs: list[Job]) -> str:
+    return markdown(main_table("smoke", of_sweep("smoke", jobs, load(root))))
+
+
 def test_a_table_shows_means_intervals_floor_and_ceiling(tmp_path: Path) -> None:
-    jobs = load("smoke", [f"compute.output_root={tmp_path}"])
+    jobs = smoke(tmp_path)
     for job in jobs:
         finish(job, 0.8 + 0.1 * job.config.environment.seed, tmp_path)
-    lines = sweep_table("smoke", jobs).splitlines()
-    assert lines[0] == "Sweep smoke: 4 of 4 runs done"
-    assert lines[4].startswith("| zero-shot (floor) | 0.200 [")
+    lines = shown(tmp_path, jobs).splitlines()
+    assert lines[0] == "smoke: 4 of 4 runs done"
+    assert lines[4].startswith("| – | zero-shot (floor) | 0.200 [")
     # Two seeds, 0.8 and 0.9: mean 0.85, Student's t with one degree of freedom reaches past one.
-    assert lines[5].startswith(
-        "| privacy=uniform | 0.850 [0.215, 1.000] (2) | 0.850 | 0.750 | 7.900/8 | 1e-05 | 25 (2.50) |"
-    )
-    assert lines[6].startswith("| privacy=none (ceiling) | 0.850 [0.215, 1.000] (2) | 0.850 | 0.750 | none | – |")
-    assert "accounted, not realised" in lines[-2] and "stand-in" in lines[-1]
+    assert "| 1 | privacy=uniform | 0.850 [0.215, 1.000] (2) |" in lines[5] and "| 7.900/8 (r,p) | 1e-05 |" in lines[5]
+    assert "0.750 [0.115, 1.000] (2)" in lines[5] and "| 25 (2.50) | 3 (2) |" in lines[5]
+    assert "| 2 | privacy=none (ceiling) | 0.850" in lines[6] and "| none | – |" in lines[6]
     # Two private runs on the same data together, by the accountant over both.
-    together = epsilon_all([PLAN.events()] * 2, 1e-5)
-    assert f"releasing all 2 runs together is {together:.3f}" in lines[-4] and together > PLAN.epsilon()
-    assert lines[-3] == "The 2 non-private runs have no ε at all."
+    together = rounded_up(epsilon_all([PLAN.events()] * 2, 1e-5))
+    text = "\n".join(lines)
+    assert f"releasing all 2 runs together is {together:.3f}" in text and together > PLAN.epsilon()
+    assert "The 2 non-private runs have no ε at all." in text
+    assert "accounted, not realised" in text and "stand-in" in text
+    assert "4 runs are shown without their judged items" in text
+
+
+def test_begun_transcripts_and_stale_runs_count_in_the_epsilon_of_all(tmp_path: Path) -> None:
+    jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
+    for job in jobs:
+        finish(job, 0.8, tmp_path)
+    record = read(tmp_path / jobs[0].run_id)
+    assert record is not None and record.privacy is not None
+    record.privacy.attempts = 3
+    record.write(tmp_path / jobs[0].run_id)
+    together = rounded_up(epsilon_all([PLAN.events()] * 4, 1e-5))
+    text = markdown(main_table("smoke", of_sweep("smoke", jobs[:1], load(tmp_path))))
+    assert f"and 2 transcripts that were begun before, is {together:.3f}" in text
+    assert "1 of 1 runs done, 1 stale" in text and "privacy=uniform (stale)" not in text.splitlines()[5]
+
+
+def test_best_of_a_random_number_is_stated_where_it_was_drawn(tmp_path: Path) -> None:
+    jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
+    for job in jobs:
+        finish(job, 0.8, tmp_path)
+        record = read(tmp_path / job.run_id)
+        assert record is not None
+        record.provenance["repetitions"] = {"mean": 10, "eta": 1, "score_is_covered": True}
+        record.write(tmp_path / job.run_id)
+    assert "releasing the best of a random, secret number of runs (mean 10) is" in shown(tmp_path, jobs)
 
 
 def test_cells_say_what_is_missing(tmp_path: Path) -> None:
-    jobs = load("smoke", [f"compute.output_root={tmp_path}"])
+    jobs = smoke(tmp_path)
     finish(jobs[0], 0.8, tmp_path)
-    RunRecord(jobs[2].run_id, "failed", {}, error="x").write(tmp_path / jobs[2].run_id)
-    RunRecord(jobs[1].run_id, "running", {}).write(tmp_path / jobs[1].run_id)
-    text = sweep_table("smoke", jobs)
+    RunRecord(jobs[2].run_id, "failed", dataclasses.asdict(jobs[2].config), error="x").write(tmp_path / jobs[2].run_id)
+    RunRecord(jobs[1].run_id, "running", dataclasses.asdict(jobs[1].config)).write(tmp_path / jobs[1].run_id)
+    text = shown(tmp_path, jobs)
     assert "1 of 4 runs done" in text
     assert "(1); 1 failed" in text
     assert "1 running or stopped, 1 missing" in text
+    assert "2 runs failed or did not end" in text
 
 
-def test_wilson_against_its_published_form() -> None:
-    # Brown, Cai, DasGupta (2001): 0 of n has the upper limit z^2 / (n + z^2).
-    low, high = wilson(0.0, 20)
-    assert low == 0.0 and high == pytest.approx(1.959964**2 / (20 + 1.959964**2))
-    assert wilson(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)
+def test_a_sweep_without_any_run_is_all_missing(tmp_path: Path) -> None:
+    text = shown(tmp_path, smoke(tmp_path))
+    assert "0 of 4 runs done" in text and text.count("2 missing") == 2
 
 
-def test_the_interval_over_runs_is_students() -> None:
-    # Three values with standard deviation 0.1: half width 4.302653 * 0.1 / sqrt(3).
-    assert with_interval([0.4, 0.5, 0.6], 10) == "0.500 [0.252, 0.748]"
+def test_a_run_that_another_sweep_made_has_the_method_it_was_asked_for_by_here(tmp_path: Path) -> None:
+    jobs = smoke(tmp_path, "privacy=uniform,adaptive")
+    for job in jobs:
+        job.config.method = "dp_lora" if job.config.privacy.name == "uniform" else "dptune"
+    for job in jobs:
+        finish(job, 0.8 if job.config.method == "dptune" else 0.7, tmp_path)
+        record = read(tmp_path / job.run_id)
+        assert record is not None
+        record.method = None
+        record.write(tmp_path / job.run_id)
+    text = shown(tmp_path, jobs)
+    assert "dp_lora" in text and "dptune" in text and "+0.100" in text
 
 
 def test_the_largest_epsilon_of_a_setting_is_shown(tmp_path: Path) -> None:
-    jobs = [job for job in load("smoke", [f"compute.output_root={tmp_path}"]) if job.config.privacy.enabled]
+    jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
     for job, epsilon in zip(jobs, (7.1, 7.90001), strict=True):
         finish(job, 0.8, tmp_path)
         record = read(tmp_path / job.run_id)
         assert record is not None and record.privacy is not None
         record.privacy.epsilon = epsilon
         record.write(tmp_path / job.run_id)
-    assert "| 7.901/8 |" in sweep_table("smoke", jobs)
+    assert "| 7.901/8 (r,p) |" in shown(tmp_path, jobs)
 
 
 def test_values_swept_on_the_command_line_have_rows_of_their_own(tmp_path: Path) -> None:
     """Different settings are never averaged."""
-    jobs = load("smoke", [f"compute.output_root={tmp_path}", "privacy.target_epsilon=1,2", "privacy=uniform"])
+    jobs = smoke(tmp_path, "privacy.target_epsilon=1,2", "privacy=uniform")
     for job in jobs:
         finish(job, 0.4 * float(job.config.privacy.target_epsilon or 0), tmp_path)
-    rows = [line for line in sweep_table("smoke", jobs).splitlines() if "target_epsilon" in line]
-    assert [row.split(" [")[0] for row in rows] == ["| target_epsilon=1 | 0.400", "| target_epsilon=2 | 0.800"]
-    assert all("(2)" in row for row in rows)
+    rows = [line for line in shown(tmp_path, jobs).splitlines() if "target_epsilon" in line]
+    assert len(rows) == 2
+    assert "| target_epsilon=1 | 0.400 (2) |" in rows[0] and "| target_epsilon=2 | 0.800 (2) |" in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name"),
+    [
+        ("delta", 1e-6, "delta"),
+        ("unit", "user_uls", "privacy unit"),
+        ("noise_mode", "secure", "noise mode"),
+    ],
+)
+def test_runs_with_other_guarantees_are_never_averaged(tmp_path: Path, field: str, value: object, name: str) -> None:
+    jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
+    for job, accuracy in zip(jobs, (0.37, 0.53), strict=True):
+        finish(job, accuracy, tmp_path)
+    record = read(tmp_path / jobs[1].run_id)
+    assert record is not None and record.privacy is not None
+    setattr(record.privacy, field, value)
+    record.write(tmp_path / jobs[1].run_id)
+    text = shown(tmp_path, jobs)
+    assert "0.370 [" in text and "0.530 [" in text and "0.450" not in text
+    assert f"have different {name}s" in text
+
+
+def test_runs_on_other_data_are_never_averaged(tmp_path: Path) -> None:
+    jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
+    for job, accuracy in zip(jobs, (0.37, 0.53), strict=True):
+        finish(job, accuracy, tmp_path)
+        record = read(tmp_path / job.run_id)
+        assert record is not None
+        record.provenance["data"] = job.run_id
+        record.write(tmp_path / job.run_id)
+    text = shown(tmp_path, jobs)
+    assert "0.450" not in text and "different data fingerprints" in text
+    assert "no ε is stated for all of them together" in text
+
+
+def everything(root: Path) -> Results:
+    for job in smoke(root):
+        finish(job, 0.8 + 0.1 * job.config.environment.seed, root)
+    return load(root)
+
+
+def test_every_number_leads_to_its_runs(tmp_path: Path) -> None:
+    results = everything(tmp_path)
+    table = main_table("smoke", results)
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    (cell,) = [row for row in rows if row["setting"] == "privacy=uniform" and row["column"].startswith("accuracy")]
+    ids = cell["run_ids"].split()
+    accuracies = [read(tmp_path / run_id).metrics.accuracy for run_id in ids]  # type: ignore[union-attr]
+    assert float(cell["value"]) == sum(accuracies) / 2 and cell["n"] == "2" and cell["direction"] == "higher is better"
+    assert {row["run"].text for row in run_table("smoke", results).rows} == set(results.runs["run_id"])
+
+
+def test_tables_are_written_as_csv_latex_and_html(tmp_path: Path) -> None:
+    results = everything(tmp_path / "outputs")
+    tables = [main_table("smoke", results), cost_table("smoke", results), task_table("smoke", results)]
+    comparison = comparison_table("smoke", results)
+    assert comparison is not None
+    written = write([*tables, comparison], tmp_path / "report")
+    assert len(written) == 12 and all(path.stat().st_size > 300 for path in written)
+    assert "0.850" in great(tables[0]).as_raw_html()
+    assert to_latex(tables[0]).isascii() and r"$\varepsilon$" in to_latex(tables[0])
+    assert "1.0000" in markdown(tables[1]) and "300 (2)" in markdown(tables[1])

@@ -1,0 +1,161 @@
+"""What `dptune table`, `tables`, `figures`, `claims` and `report` do: read records, show them, write files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dptune.config import ConfigError
+from dptune.report.render import markdown, write
+from dptune.report.results import HOW_TO_MAKE_SOME, Results, filtered, load, of_sweep
+from dptune.report.tables import Table, comparison_table, cost_table, main_table, run_table, task_table
+
+SINGLE = "single-runs"
+"""Name of what no sweep asked for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    sweep: str | None
+    filters: tuple[str, ...]
+    root: Path
+    to: Path
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> Request:
+        """`[SWEEP] [key=value ...] [compute.output_root=FOLDER] [to=FOLDER]`.
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        names = [item for item in arguments if "=" not in item]
+        if len(names) > 1 or any(name.startswith("-") for name in names):
+            raise ConfigError(f"{' '.join(names)}: give at most one sweep, and filters as key=value")
+        values = dict(item.split("=", 1) for item in arguments if "=" in item)
+        root, to = values.get("compute.output_root", "outputs"), values.pop("to", "report")
+        chosen = tuple(f"{key}={value}" for key, value in values.items())
+        if not names:
+            chosen = tuple(item for item in chosen if not item.startswith("compute.output_root="))
+        return cls(names[0] if names else None, chosen, Path(root), Path(to))
+
+
+def table(arguments: Sequence[str]) -> None:
+    """Print the main table of each sweep; with a sweep's name, what it asks for and does not have is shown too."""
+    shown = False
+    for name, results in selected(Request.of(arguments)):
+        print(("\n" if shown else "") + markdown(main_table(name, results, titled(name))))
+        shown = True
+
+
+def tables(arguments: Sequence[str]) -> None:
+    """Print the main tables and write all of them as CSV, LaTeX and HTML."""
+    request = Request.of(arguments)
+    for name, results in selected(request):
+        made = all_tables(name, results)
+        print(markdown(made[0]), end="\n\n")
+        write(made, request.to / "tables")
+    print(f"CSV, LaTeX and HTML: {request.to / 'tables'}")
+
+
+def all_tables(name: str, results: Results) -> list[Table]:
+    """Every table of one sweep, the main one first."""
+    made = [main_table(name, results, titled(name)), comparison_table(name, results), cost_table(name, results)]
+    made += [task_table(name, results), run_table(name, results)]
+    return [item for item in made if item is not None]
+
+
+def selected(request: Request) -> Iterator[tuple[str, Results]]:
+    """The runs that are asked for, a sweep at a time; a sweep that is named with all that it asks for."""
+    if request.sweep is None:
+        yield from by_sweep(everything(request))
+        return
+    from dptune.sweep import load as jobs_of
+
+    found = load(request.root)
+    warn(found)
+    yield request.sweep, of_sweep(request.sweep, jobs_of(request.sweep, request.filters), found)
+
+
+def everything(request: Request) -> Results:
+    """All runs that pass the filters.
+
+    Raises:
+        ConfigError: when there are none, saying how to make some.
+    """
+    found = load(request.root)
+    warn(found)
+    if not len(found.runs):
+        raise ConfigError(HOW_TO_MAKE_SOME.format(root=request.root))
+    try:
+        results = filtered(found, request.filters)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not len(results.runs):
+        raise ConfigError(f"no record below {request.root} has {' '.join(request.filters)}")
+    return results
+
+
+def by_sweep(results: Results) -> Iterator[tuple[str, Results]]:
+    """The runs of each sweep that is named in the records, and those of none."""
+    names = results.runs["sweep"]
+    for name in sorted(names.dropna().unique()):
+        yield str(name), results.only(results.runs[names == name].reset_index(drop=True))
+    if names.isna().any():
+        yield SINGLE, results.only(results.runs[names.isna()].reset_index(drop=True))
+
+
+def titled(name: str) -> str:
+    """Title of a sweep's table."""
+    return "Single runs" if name == SINGLE else f"Sweep {name}"
+
+
+def warn(results: Results) -> None:
+    """Say loudly what was left out."""
+    for reason in results.unreadable:
+        print(f"dptune: LEFT OUT {reason}", file=sys.stderr)
+
+
+def claims(arguments: Sequence[str]) -> None:
+    """Print what the records say of each claim, and write it as CSV, LaTeX and HTML."""
+    from dptune.report.claims import claims as examined
+    from dptune.report.claims import claims_table
+
+    request = Request.of(arguments)
+    results = everything(request)
+    found = examined(results)
+    for claim in found:
+        print(f"{claim.number}. {claim.text}: {claim.verdict.upper()}\n   {claim.reason}")
+        if claim.contrast is not None:
+            p = "" if claim.p is None else f", p = {claim.p:.3g} after Holm"
+            print(f"   {claim.contrast.effect.n} seeds, {len(claim.contrast.run_ids)} runs{p}")
+        if claim.decide:
+            print(f"   To decide: {claim.decide}")
+    made = claims_table(found)
+    print("\n".join(["", *made.notes]))
+    write([made], request.to)
+    print(f"Effects, intervals and the runs behind them: {request.to / 'claims.csv'}")
+
+
+def figures(arguments: Sequence[str]) -> None:
+    """Write every figure of each sweep as SVG and PNG."""
+    from dptune.report.figures import all_figures
+    from dptune.report.figures import write as save
+
+    request = Request.of(arguments)
+    for name, results in selected(request):
+        written = save(all_figures(results), request.to / "figures" / name)
+        print(f"{titled(name)}: {len(written) // 2} figures in {request.to / 'figures' / name}")
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write the page, with the figures and tables of each sweep beside it."""
+    from dptune.report.page import write as save
+
+    request = Request.of(arguments)
+    whole = everything(request)
+    sections = [(name, titled(name), results, all_tables(name, results)) for name, results in by_sweep(whole)]
+    print(save(sections, whole, request.to / "report.html"))

@@ -1,0 +1,403 @@
+"""One self-contained HTML page: the answer, the claims, the tables, the figures, every run, and how to make it again.
+
+The page asks the network for nothing, which its content security policy also forbids. Figures are drawn by Vega, whose
+code is inlined from vl-convert, when they come into view; a run's section is built when it is opened, so that a page of
+a thousand runs opens at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dptune.privacy.accounting import rounded_up
+from dptune.records import write_atomically
+from dptune.report.claims import Claim, claims
+from dptune.report.figures import all_figures, thinned
+from dptune.report.procedure import procedures
+from dptune.report.results import Results, history
+from dptune.report.settings import SEED, Setting, codes, plain, settings_of
+from dptune.report.tables import ACCURACY, SECONDS, Cell, Table, estimate, in_words
+
+HISTORY_POINTS = 40
+"""Steps of a run's history that are shown."""
+MOST_HISTORIES = 1500
+"""Above this many runs their histories stay in their folders."""
+
+
+def write(sections: Sequence[tuple[str, str, Results, Sequence[Table]]], whole: Results, path: Path) -> Path:
+    """Write the page.
+
+    Args:
+        sections: name, title, runs and tables of each sweep.
+        whole: all runs.
+        path: file to write.
+    """
+    return write_atomically(path, page(sections, whole))
+
+
+def page(sections: Sequence[tuple[str, str, Results, Sequence[Table]]], whole: Results) -> str:
+    """The page as text; arguments as for `write`."""
+    figures: dict[str, Any] = {}
+    body = [answer(whole), left_out(whole), claim_section(claims(whole))]
+    for name, title, results, tables in sections:
+        charts = all_figures(results)
+        for key, chart in charts.items():
+            spec = chart.to_dict()
+            spec["description"] = _title(spec)
+            figures[f"{name}/{key}"] = spec
+        body.append(sweep_section(name, title, tables, {key: _title(chart.to_dict()) for key, chart in charts.items()}))
+    runs, common = run_details(whole)
+    body += [run_section(whole), how_to(whole)]
+    content = json.dumps({"figures": figures, "runs": runs, "common": common}, allow_nan=False, separators=(",", ":"))
+    links = [("answer", "Answer"), ("claims", "Claims")]
+    links += [(f"sweep-{name}", title) for name, title, _, _ in sections] + [("runs", "Runs"), ("how", "Make it again")]
+    navigation = "".join(f'<li><a href="#{key}">{escape(text)}</a></li>' for key, text in links)
+    own = files("dptune.report")
+    style, script = (own.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>dptune: results</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>dptune: results</h1>
+<p class="note">{escape(counted(whole))}</p>
+<nav aria-label="Sections"><ul>{navigation}</ul></nav>
+</header>
+<main>
+<noscript><p class="loud">Sorting, figures and sections of single runs need JavaScript; tables do not.</p></noscript>
+{"".join(body)}
+</main>
+<footer><p class="note">Made from records by <code>dptune report</code>.</p></footer>
+<script type="application/json" id="content">{content.replace("<", chr(92) + "u003c")}</script>
+<script type="module">{vega().replace("</script", "<" + chr(92) + "/script")}</script>
+<script type="module">{script}</script>
+</body>
+</html>
+"""
+
+
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+def vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
+
+
+def answer(results: Results) -> str:
+    """What a reader came for: which method, at which epsilon, at what cost."""
+    return f'<section id="answer" class="answer"><h2>The answer</h2>{_paragraphs(answers(results))}</section>'
+
+
+def answers(results: Results) -> list[str]:
+    """The answer in sentences, on the data that most runs were made on."""
+    settings = [item for item in settings_of(results.runs) if item.done]
+    if not settings:
+        return ["No run is finished yet."]
+    sizes: dict[Any, int] = {}
+    for item in settings:
+        key = (item.value("provenance.data"), item.value("provenance.backbone"))
+        sizes[key] = sizes.get(key, 0) + len(item.done)
+    chosen = max(sizes, key=lambda key: sizes[key])
+    here = [item for item in settings if (item.value("provenance.data"), item.value("provenance.backbone")) == chosen]
+    texts = [claim.text + f": {claim.verdict}. {claim.reason}" for claim in claims(results)[:1]]
+    by_target: dict[tuple[float, float, str], list[Setting]] = {}
+    for item in here:
+        if item.private and item.target is not None:
+            by_target.setdefault((item.target, item.value("privacy.delta"), item.value("privacy.unit")), []).append(
+                item
+            )
+    for (target, delta, unit), members in sorted(by_target.items()):
+        known = [(found, item) for item in members if (found := _accuracy(results, item)) is not None]
+        found, best = max(known, key=lambda pair: pair[0].mean)
+        cost = estimate(best, SECONDS) if best.value("privacy.stand_in") else None
+        text = (
+            f"At ε ≤ {target:g} (δ = {delta:g}, unit {unit}) the highest mean accuracy is {in_words(found, 3).text}, "
+            f"by {best.arm} ({best.label})"
+        )
+        trained = best.value("parameters.trainable")
+        text += f", with {trained:,.0f} trained parameters" if trained else ""
+        text += f", in {cost.mean:.0f} s a run" if cost else ""
+        text += (
+            f"; the best of {len(members)} settings on the test split, so a little flattered." if members[1:] else "."
+        )
+        texts.append(text)
+    floors = {value for item in here for value in item.values("zero_shot.accuracy") if value is not None}
+    ceilings = [found.mean for item in here if not item.private and (found := _accuracy(results, item))]
+    if len(floors) == 1:
+        ceiling = f", and without privacy {max(ceilings):.3f}" if ceilings else ""
+        texts.append(f"Before training the accuracy is {floors.pop():.3f}{ceiling}.")
+    texts += [item.text for item in procedures(results.runs)]
+    if len(sizes) > 1:
+        texts.append(f"This is the data that most runs used; {len(sizes) - 1} more are in the tables below.")
+    return texts
+
+
+def left_out(results: Results) -> str:
+    """Records that could not be read, loudly."""
+    if not results.unreadable:
+        return ""
+    items = "".join(f"<li>{escape(reason)}</li>" for reason in results.unreadable)
+    return f'<section class="loud" id="left-out"><h2>Left out</h2><ul>{items}</ul></section>'
+
+
+def claim_section(found: Sequence[Claim]) -> str:
+    """The claims, each with its verdict and the runs behind it."""
+    parts = []
+    for claim in found:
+        kind = claim.verdict.replace(" ", "-")
+        lines = [claim.how, claim.reason]
+        if claim.contrast is not None:
+            corrected = "" if claim.p is None else f", p = {claim.p:.3g} after Holm's correction"
+            lines.append(f"{claim.contrast.effect.n} seeds, {len(claim.contrast.run_ids)} runs{corrected}.")
+        if claim.decide:
+            lines.append(f"To decide it: {claim.decide}.")
+        runs = "" if claim.contrast is None else _runs("Runs", claim.contrast.run_ids)
+        head = f'{claim.number}. {escape(claim.text)}: <span class="verdict {kind}">{claim.verdict}</span>'
+        parts.append(f'<div class="claim"><h3>{head}</h3>{_paragraphs(lines)}{runs}</div>')
+    note = (
+        "The claims of arXiv:2512.06711 as its abstract states them, tested on these records; the paper's own numbers "
+        "are not available and none is shown."
+    )
+    return f'<section id="claims"><h2>Claims</h2><p class="note">{note}</p>{"".join(parts)}</section>'
+
+
+def sweep_section(name: str, title: str, tables: Sequence[Table], figures: Mapping[str, str]) -> str:
+    """Tables and figures of one sweep."""
+    first, *others = tables
+    parts = [table_html(first)]
+    for table in others:
+        parts.append(f"<details><summary>{escape(table.title)}</summary>{table_html(table)}</details>")
+    if figures:
+        plots = "".join(
+            f'<figure tabindex="0" aria-label="{escape(text)}">'
+            f'<div class="plot" data-figure="{escape(name)}/{key}"></div>'
+            f"<figcaption>{escape(READING[key])}</figcaption></figure>"
+            for key, text in figures.items()
+        )
+        parts.append(f'<h3>Figures</h3><div class="figures">{plots}</div>')
+    return f'<section id="sweep-{escape(name)}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
+
+
+def table_html(table: Table) -> str:
+    """A table that can be sorted and filtered, with its notes."""
+    key = escape(f"table-{table.name}")
+    head = "".join(
+        f'<th scope="col"><button type="button">{escape(column.head)}</button></th>' for column in table.columns
+    )
+    rows = "".join(
+        f"<tr>{''.join(_cell(row.get(column.key), column.key) for column in table.columns)}</tr>" for row in table.rows
+    )
+    label = (
+        f'<label for="{key}-filter">Filter rows</label> <input id="{key}-filter" data-filters="{key}" type="search">'
+    )
+    count = f'<span id="{key}-count" class="note" role="status">{len(table.rows)} rows</span>'
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    return (
+        f'<p>{label} {count}</p><div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}">'
+        f'<table class="sortable" id="{key}"><caption>{escape(table.title)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>{notes}"
+    )
+
+
+def run_section(results: Results) -> str:
+    """Where a run's own section appears, and what to do about it."""
+    text = (
+        f"{len(results.runs)} runs. Choose one in a table “every run” above or in a claim: its config, guarantee, "
+        "history and provenance appear here."
+    )
+    place = '<div id="run" role="region" aria-label="Chosen run"></div>'
+    return f'<section id="runs"><h2>Runs</h2><p class="note">{text}</p>{place}</section>'
+
+
+def run_details(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is shown of each run, by its id; and the config that all of them share."""
+    runs = results.runs
+    columns = {str(name): plain(runs[name]) for name in runs.columns}
+    names = [name for name in columns if name.startswith("config.") and not name.startswith("config.compute.")]
+    coded = codes(runs, names)
+    common = {name.removeprefix("config."): columns[name][0] for name in names if len(set(coded[name])) == 1}
+    varied = [name for name in names if len(set(coded[name])) > 1]
+    found = {}
+    for setting in settings_of(runs):
+        for row in setting.rows:
+            run_id = str(columns["run_id"][row])
+            found[run_id] = {
+                "setting": f"{setting.arm}: {setting.label}, seed {columns[SEED][row] if SEED in columns else '?'}",
+                "state": columns["state"][row] + (f": {columns['error'][row]}" if columns["error"][row] else ""),
+                "statement": statement(columns, row),
+                "results": _part(columns, row, RESULTS),
+                "config": {name.removeprefix("config."): columns[name][row] for name in varied},
+                "provenance": _part(columns, row, [n for n in columns if n.startswith("provenance.")]),
+                "history": _history(results, columns, row) if len(runs) <= MOST_HISTORIES else [],
+            }
+    return _finite(found), _finite(common)
+
+
+READING = {
+    "privacy_utility": "Higher and further left is better. Bars are 95 % intervals; a line joins settings that differ "
+    "in ε only.",
+    "parameters": "Higher and further left is better. Bars are 95 % intervals.",
+    "pareto": "No setting is both more accurate and more private than one on the dashed line.",
+    "sensitivity": "A flat curve is an insensitive method. Only the named dimension changes along a curve.",
+    "tasks": "One row a setting, one column a task; an even row is an even method.",
+    "stability": "One mark a setting; a short bar is a stable method.",
+    "noise_allocation": "Rows of one colour get the same noise; what changes along a row is what adaptation does.",
+    "training": "Losses are not paid for: shown because the data is public.",
+    "cost": "Mean of the runs of a setting, with 95 % intervals.",
+}
+"""How to read each figure."""
+RESULTS = (
+    "metrics.accuracy",
+    "metrics.worst_task",
+    "metrics.worst",
+    "metrics.spread_over_tasks",
+    "metrics.accuracy_unseen",
+    "metrics.response_perplexity",
+    "zero_shot.accuracy",
+    "parameters.trainable",
+    "parameters.total",
+)
+
+
+def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
+    """What a run guarantees, in plain words."""
+
+    def of(name: str) -> Any:
+        return columns[name][row] if name in columns else None
+
+    if columns["state"][row] != "done":
+        return ["This run has no result, so nothing is said of its privacy; its ledger says what it began to release."]
+    if not of("privacy.private"):
+        return ["This run is not private: it was trained without clipping and noise and guarantees nothing."]
+    epsilon, delta, unit = of("privacy.epsilon"), of("privacy.delta"), str(of("privacy.unit"))
+    who = "one record" if unit == "example" else "one user, with all their records"
+    texts = [
+        f"Whoever sees everything this run published can tell whether {who} was in the training data only within "
+        f"ε = {rounded_up(epsilon):.3f} at δ = {delta:g}: whatever they conclude is at most "
+        f"{math.exp(min(epsilon, 700)):.3g} times as likely with {who} as without, but for a chance of {delta:g}."
+        if epsilon is not None and delta is not None
+        else "The record does not say what this run spent.",
+        "This is an upper bound by the PLD accountant for this run alone; choosing it among others costs more.",
+    ]
+    accountants = of("privacy.accountants") or {}
+    if isinstance(accountants, dict) and accountants:
+        words = (
+            f"{name} {value.get('value'):.3f} ({value.get('kind')})"
+            for name, value in accountants.items()
+            if isinstance(value.get("value"), int | float)
+        )
+        texts.append("By other accountants: " + ", ".join(words) + ". An estimate is no guarantee.")
+    if of("privacy.noise_mode") == "reproducible":
+        texts.append(
+            "Its noise comes from the seed: the guarantee is accounted, not realised, for whoever knows the seed."
+        )
+    if of("privacy.stand_in"):
+        texts.append("Its data is a public stand-in: the guarantee is stated as if it were private.")
+    return texts
+
+
+def how_to(results: Results) -> str:
+    """Commands that make the numbers and this page again."""
+    sweeps = sorted(results.runs["sweep"].dropna().unique()) if "sweep" in results.runs else []
+    lines = [f"make sweep SWEEP={name}" for name in sweeps] + ["make report    # this page, from the records"]
+    commits = sorted(results.done["provenance.git"].dropna().unique()) if "provenance.git" in results.done else []
+    note = f"The code was at {', '.join(str(commit)[:12] for commit in commits)}." if commits else ""
+    return (
+        '<section id="how"><h2>Make it again</h2><p>Runs that are finished are skipped; a run in reproducible noise '
+        "mode gives the same numbers again on the same versions.</p>"
+        f'<pre tabindex="0">{escape(chr(10).join(lines))}</pre>'
+        f'<p class="note">{escape(note)}</p></section>'
+    )
+
+
+def counted(results: Results) -> str:
+    """How many runs there are, in a sentence."""
+    states = results.runs["state"].value_counts()
+    words = ", ".join(f"{count} {state}" for state, count in states.items())
+    return f"{len(results.runs)} records: {words}; {len(results.unreadable)} left out."
+
+
+def _accuracy(results: Results, setting: Setting) -> Any:
+    return estimate(setting, ACCURACY, results.judgements(setting.run_ids))
+
+
+def _cell(cell: Cell | None, key: str) -> str:
+    if cell is None:
+        return "<td>–</td>"
+    value = "" if cell.value is None else f' data-value="{cell.value:.6g}"'
+    if key == "run" and cell.run_ids:
+        return f'<td><a href="#run-{escape(cell.run_ids[0])}">{escape(cell.text)}</a></td>'
+    title = f' title="runs: {escape(" ".join(cell.run_ids))}"' if cell.run_ids and key == "accuracy" else ""
+    return f"<td{value}{title}>{escape(cell.text)}</td>"
+
+
+def _runs(title: str, run_ids: Sequence[str]) -> str:
+    links = " ".join(f'<a href="#run-{escape(run_id)}">{escape(run_id)}</a>' for run_id in run_ids)
+    return f"<details><summary>{title}</summary><p>{links}</p></details>"
+
+
+def _paragraphs(texts: Iterable[str]) -> str:
+    return "".join(f"<p>{escape(text)}</p>" for text in texts if text)
+
+
+def _part(columns: Mapping[str, Sequence[Any]], row: int, names: Iterable[str]) -> dict[str, Any]:
+    found = {
+        name.removeprefix("metrics.").removeprefix("provenance."): columns[name][row]
+        for name in names
+        if name in columns
+    }
+    return {
+        key: round(value, 4) if isinstance(value, float) else value for key, value in found.items() if value is not None
+    }
+
+
+def _history(results: Results, columns: Mapping[str, Sequence[Any]], row: int) -> list[dict[str, Any]]:
+    """Steps of a run; what is not paid for only where the data is public."""
+    public = bool(columns.get("privacy.stand_in", [False] * (row + 1))[row])
+    names = {
+        "step": "step",
+        "learning_rate": "learning_rate",
+        "epsilon": "epsilon",
+        "noise_multiplier": "noise_multiplier",
+    }
+    names |= {"NON_PRIVATE/loss": "loss"} if public else {}
+    rows = history(results.root / str(columns["run_id"][row]))
+    marked = [at for at, step in enumerate(rows) if step.get("epsilon") is not None]
+    kept = thinned(rows, HISTORY_POINTS) if len(rows) > HISTORY_POINTS else rows
+    kept = [*kept, *(rows[at] for at in marked if rows[at] not in kept)]
+    kept.sort(key=lambda step: int(str(step["step"])))
+    return [
+        {short: float(f"{step[name]:.4g}") for name, short in names.items() if isinstance(step.get(name), int | float)}
+        for step in kept
+    ]
+
+
+def _title(spec: Mapping[str, Any]) -> str:
+    return str(spec.get("title", "figure"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
