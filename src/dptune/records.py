@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
-RECORD_FILE = "record.json"
+RECORD_FILE, HISTORY_FILE, EVALUATION_FILE = "record.json", "history.jsonl", "evaluation.jsonl"
 
 
 class RecordError(ValueError):

@@ -44,16 +44,22 @@ from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
 from dptune.privacy.streams import KeyRing, Purpose
-from dptune.records import Cost, GroupPrivacy, Metrics, Privacy, RunRecord, claimed, read, write_atomically
+from dptune.records import (
+    EVALUATION_FILE,
+    HISTORY_FILE,
+    Cost,
+    GroupPrivacy,
+    Metrics,
+    Privacy,
+    RunRecord,
+    claimed,
+    read,
+    write_atomically,
+)
 from dptune.training.loop import Step, train
 from dptune.training.projection import make_projection
 
-HISTORY_FILE, EVALUATION_FILE, LOG_FILE, ADAPTER_FOLDER = (
-    "history.jsonl",
-    "evaluation.jsonl",
-    "run.log",
-    "adapter",
-)
+LOG_FILE, ADAPTER_FOLDER = "run.log", "adapter"
 
 LEDGER_FILE = "ledger.jsonl"
 

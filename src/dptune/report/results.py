@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dptune.records import RunRecord, collect, to_frame
+from dptune.records import EVALUATION_FILE, HISTORY_FILE, RunRecord, collect, to_frame
 from dptune.report.intervals import Judgements
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from dptune.sweep import Job
 
-EVALUATION_FILE, HISTORY_FILE = "evaluation.jsonl", "history.jsonl"
 DONE, FAILED, RUNNING, MISSING, STALE = "done", "failed", "running or stopped", "missing", "stale"
 ORDER = (
     "sweep",
