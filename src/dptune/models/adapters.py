@@ -64,7 +64,6 @@ class AdapterKind:
 
 
 KINDS: Mapping[str, AdapterKind] = {
-    # As fast as hooks, which do not know the factors that PEFT puts on embeddings.
     "lora": AdapterKind(peft_adapters.lora, HOOKS),
     "ffa_lora": AdapterKind(peft_adapters.ffa_lora, HOOKS),
     "lora_xs": AdapterKind(peft_adapters.lora_xs, HOOKS),
