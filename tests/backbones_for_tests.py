@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from conftest import tiny_llama
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -32,6 +30,12 @@ def seeded(kind: str, seed: int, **settings: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(transformers, kind)(getattr(transformers, f"{stem}Config")(**settings)).eval()
+
+
+def tiny_llama(seed: int = 0) -> PreTrainedModel:
+    """Llama: RMS norms, rotary positions, no biases."""
+    settings = {**BERT, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+    return seeded("LlamaForCausalLM", seed, **settings)
 
 
 def tiny_qwen2(seed: int = 0) -> PreTrainedModel:

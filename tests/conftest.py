@@ -20,7 +20,7 @@ settings.register_profile("dptune", deadline=None, derandomize=True)
 settings.load_profile("dptune")
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 TEXT = ["which team ? reset my code", "is it urgent ? the order is late", "yes no billing support kim 12"]
 
@@ -46,31 +46,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    """A random Llama of two layers and width 16."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=300,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        )
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A random model in Hugging Face format."""
+    from backbones_for_tests import tiny_llama
+
     folder = tmp_path_factory.mktemp("model")
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

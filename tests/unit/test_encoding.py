@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
+from backbones_for_tests import tiny_llama
 
 from dptune.data.batches import (
     IGNORED,

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama
+from backbones_for_tests import tiny_llama
 
 from dptune.data.batches import Layout
 from dptune.data.encoding import encode

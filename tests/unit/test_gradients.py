@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_llama
+from backbones_for_tests import tiny_llama
 
 from dptune.config import AdapterConfig
 from dptune.data.batches import Layout, collate, example_losses

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
+from backbones_for_tests import tiny_llama
 
 from dptune.config import AdapterConfig, EnvironmentConfig, HyperparameterConfig
 from dptune.data.batches import Layout, collate, example_losses

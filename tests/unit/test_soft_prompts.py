@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
+from backbones_for_tests import tiny_llama
 from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from dptune.data.batches import Layout, collate, example_losses, token_log_probabilities
