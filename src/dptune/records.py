@@ -1,4 +1,4 @@
-"""The record of one run: its documented schema, how it is written, claimed and read.
+"""The record of one run: its documented schema, how it is written and read.
 
 A run folder `outputs/<run_id>/` holds `record.json` (this schema), `history.jsonl` (one line a step),
 `evaluation.jsonl` (one line a test example), `adapter/` (PEFT format), `.hydra/`, `run.log`. Tables, figures and W&B
@@ -8,7 +8,9 @@ are views of it. No torch here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
+import hashlib
 import json
 import math
 import os
@@ -28,6 +30,10 @@ RECORD_FILE, HISTORY_FILE, EVALUATION_FILE = "record.json", "history.jsonl", "ev
 
 class RecordError(ValueError):
     """A record that cannot be read: path and reason in one line."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.folder = path.parent
 
 
 class RunFailed(RuntimeError):
@@ -92,7 +98,8 @@ class Privacy:
     noise_mode: str | None = None
     """`secure`, or `reproducible`: epsilon accounted, not realised for anyone who knows the seed."""
     attempts: int = 1
-    """Transcripts that were begun for this run, killed and forced ones included; `epsilon` is for one of them."""
+    """Transcripts that were begun for this run, forced ones included; going on from a checkpoint begins none. `epsilon`
+    is for one of them."""
     stand_in: bool = False
     """The data is public: epsilon is stated as if it were private."""
     groups: dict[str, GroupPrivacy] = field(default_factory=dict)
@@ -161,7 +168,7 @@ class RunRecord:
     cost: Cost | None = None
     """What it cost."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """git commit, versions, overrides, data fingerprint, backbone, engine, time."""
+    """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time."""
     error: str | None = None
     """One line, when failed; the traceback is in run.log."""
     schema_version: int = SCHEMA_VERSION
@@ -190,6 +197,15 @@ def write_atomically(path: Path, text: str) -> Path:
     return path
 
 
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, or for a folder the names in it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read(folder: Path) -> RunRecord | None:
     """The record in a run folder, or None when there is none.
 
@@ -202,13 +218,14 @@ def read(folder: Path) -> RunRecord | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: not readable as JSON ({error}); remove the folder to run it again") from None
+        raise RecordError(path, f"not readable as JSON ({error}); remove the folder to run it again") from None
     try:
         if (version := content["schema_version"]) != SCHEMA_VERSION:
             other = "an older" if version < SCHEMA_VERSION else "a newer"
             raise RecordError(
-                f"{path}: schema version {version} of {other} dptune, this one reads {SCHEMA_VERSION}; read it with "
-                "the version that wrote it, or remove the folder to run it again"
+                path,
+                f"schema version {version} of {other} dptune, this one reads {SCHEMA_VERSION}; read it with "
+                "the version that wrote it, or remove the folder to run it again",
             )
         record = _parse(content)
         _check(record)
@@ -216,7 +233,65 @@ def read(folder: Path) -> RunRecord | None:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, RecordError):
             raise
-        raise RecordError(f"{path}: not a run record ({type(error).__name__}: {error})") from None
+        raise RecordError(path, f"not a run record ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the state of a run depends on."""
+
+    folder: Path
+    status: str
+    sweep: str | None
+    error: str | None
+    code: str | None
+
+
+def summary(folder: Path) -> Summary | None:
+    """A few fields of a record, ten times as fast as all of it; None when there is no record.
+
+    Records are written one key a line, indented by its depth. A file that is not is read as a whole.
+
+    Raises:
+        RecordError: naming the file, when it is not a record of this schema.
+    """
+    try:
+        content = (folder / RECORD_FILE).read_bytes()
+    except FileNotFoundError:
+        return None
+    status, error = _value(content, b'\n "status": '), _value(content, b'\n "error": ')
+    if status is None or error is None:
+        record = read(folder)
+        assert record is not None
+        return Summary(folder, record.status, record.sweep, record.error, record.provenance.get("code"))
+    sweep, code = (
+        _value(content, b'\n "sweep": '),
+        _value(content, b'\n  "code": ', content.rfind(b'\n "provenance": {')),
+    )
+    fields: list[Any] = [json.loads(value or b"null") for value in (status, sweep, error, code)]
+    return Summary(folder, *fields)
+
+
+def _value(content: bytes, key: bytes, start: int = 0) -> bytes | None:
+    """What stands behind a key to the end of its line."""
+    begin = content.find(key, start)
+    if begin < 0:
+        return None
+    begin += len(key)
+    return content[begin : content.find(b"\n", begin)].rstrip(b",")
+
+
+def summaries(root: Path) -> Iterator[Summary | RecordError]:
+    """Summaries of all records below `root`, in the order of their names; errors of those that cannot be read."""
+    folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    for folder in folders:
+        try:
+            seen = summary(Path(folder))
+        except RecordError as error:
+            yield error
+            continue
+        if seen is not None:
+            yield seen
 
 
 @dataclass(frozen=True)
@@ -301,25 +376,20 @@ def _flatten(values: Mapping[str, Any], prefix: str, row: dict[str, Any]) -> dic
 _WHOLE = ("privacy.groups", "privacy.plan", "privacy.accountants", "provenance.versions", "config.data.columns")
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Hold a run folder for this process; yields False when another process holds it.
+@functools.cache
+def code_version() -> str:
+    """Twelve hexadecimal digits of the source files that can change a run's numbers, as they are at the first call."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package)
+        if name.parts[0] not in NOT_NUMBERS:
+            digest.update(f"{name.as_posix()} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
-    The operating system gives the claim back when the process dies, however it dies.
-    """
-    from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".claim")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+NOT_NUMBERS = ("report", "cli.py", "sweep.py", "status.py", "tracking.py", "lease.py")
+"""Parts of the package that only look at runs, or decide when they are done."""
 
 
 def _parse(content: dict[str, Any]) -> RunRecord:
@@ -359,9 +429,12 @@ def _check(record: RunRecord) -> None:
             raise ValueError(f"{name} holds an accuracy outside [0, 1]")
     privacy = record.privacy
     if record.status == "done" and privacy is not None and privacy.private:
-        stated = (privacy.epsilon, privacy.delta, privacy.noise_multiplier)
+        # A run of no steps, such as zero-shot, looks at no training data: its epsilon is 0.
+        if privacy.epsilon is not None and not (privacy.epsilon > 0 or privacy.epsilon == privacy.steps == 0):
+            raise ValueError("epsilon of a private run that took steps must be above 0")
+        stated = (privacy.delta, privacy.noise_multiplier)
         if any(value is not None and not value > 0 for value in stated):
-            raise ValueError("epsilon, delta and noise multiplier of a private run must be above 0")
+            raise ValueError("delta and noise multiplier of a private run must be above 0")
 
 
 def _finite(value: Any) -> Any:

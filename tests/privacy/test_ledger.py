@@ -63,7 +63,38 @@ def test_fresh_keys_are_another_attempt(tmp_path: Path) -> None:
     assert ledger.attempts == 2
 
 
-def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "ledger.jsonl").write_text('{"step": 0')
+@pytest.mark.parametrize("damage", ['{"step": 0\n', "[]\n", "{}\n"])
+def test_a_damaged_ledger_is_refused(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "ledger.jsonl").write_text(damage)
     with pytest.raises(LedgerError, match="damaged"):
         WriteAheadLedger(tmp_path / "ledger.jsonl", PLAN, KEYS, "data")
+
+
+def test_a_row_that_was_being_written_was_never_begun(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    WriteAheadLedger(path, PLAN, KEYS, "data").begin(0)
+    whole = path.read_text()
+    path.write_text(whole + whole[:30])
+    again = WriteAheadLedger(path, PLAN, KEYS, "data")
+    assert path.read_text() == whole
+    again.begin(1)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_other_code_is_another_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    for code in ("one", "one", "two"):
+        ledger = WriteAheadLedger(path, PLAN, KEYS, "data", code)
+        ledger.begin(0)
+        ledger.begin(1)
+    assert ledger.attempts == 2 and [row["code"] for row in ledger.rows] == ["one", "one", "two", "two"]
+
+
+def test_steps_done_again_with_fresh_keys_are_the_same_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    secure = replace(PLAN, noise_mode="secure")
+    for steps in ((0, 1), (1, 2)):
+        ledger = WriteAheadLedger(path, secure, KeyRing.secure("run"), "data")
+        for step in steps:
+            ledger.begin(step)
+    assert ledger.attempts == 1 and len({row["noise_key"] for row in ledger.rows}) == 4

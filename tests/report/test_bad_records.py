@@ -46,6 +46,15 @@ def test_a_bad_record_is_named_and_left_out(tmp_path: Path, name: str, capsys: p
     assert f"Left out: {path}" in shown.out and "0.600" in shown.out and "0.550" not in shown.out
 
 
+def test_a_run_of_no_steps_costs_nothing(tmp_path: Path) -> None:
+    path = corrupt(tmp_path, lambda record: record["privacy"].update(epsilon=0.0, steps=0))
+    assert not collect(tmp_path).unreadable
+    content = json.loads(path.read_text())
+    content["privacy"].update(epsilon=0.0, steps=3)
+    path.write_text(json.dumps(content))
+    assert "steps must be above 0" in collect(tmp_path).unreadable[0]
+
+
 def test_half_a_file_and_a_copy_are_left_out(tmp_path: Path) -> None:
     good = plant(tmp_path, config(seed=0), 0.6, 0.6)
     other = plant(tmp_path, config(seed=1), 0.6, 0.6)

@@ -82,12 +82,3 @@ def test_records_become_a_table() -> None:
     assert frame["run_id"].tolist() == ["a", "b"]
     assert frame["metrics.accuracy"].tolist() == [0.75, 0.75]
     assert frame["config.environment.seed"].tolist() == [0, 0]
-
-
-def test_a_claim_excludes_others_until_it_ends(tmp_path: Path) -> None:
-    with records.claimed(tmp_path) as mine:
-        assert mine
-        with records.claimed(tmp_path) as second:
-            assert not second
-    with records.claimed(tmp_path) as again:
-        assert again

@@ -1,8 +1,8 @@
 """The write-ahead ledger: what a step will release is on disk before its data are touched (SPECIFICATION.md 10.4).
 
-After a crash the ledger says which steps may have been observed. Doing a step again is free only with the same keys,
-plan and data, because then the release is the same; the same noise with anything else would cancel out in a difference
-and is refused.
+After a crash the ledger says which steps were begun. Doing a step again is free if nobody saw what it released, or with
+the same keys, plan, data and code, because then the release is the same. The same noise with another plan or other data
+would cancel out in a difference and is refused.
 """
 
 from __future__ import annotations
@@ -23,26 +23,30 @@ class LedgerError(RuntimeError):
 class WriteAheadLedger:
     """One JSON line for each step that was begun, over all attempts at a run."""
 
-    def __init__(self, path: Path, plan: PrivacyPlan, keys: KeyRing, manifest: str) -> None:
-        """Open or continue a ledger.
+    def __init__(self, path: Path, plan: PrivacyPlan, keys: KeyRing, manifest: str, code: str = "") -> None:
+        """Open or continue a ledger. A last line without an end was never begun, and is dropped.
 
         Args:
             path: the file; only ever appended to.
             plan: what is accounted for.
             keys: of this attempt; the ledger keeps hashes of them.
-            manifest: names the data, the model and the code that gradients come from.
+            manifest: names the data and the model that gradients come from.
+            code: version of the code. Another version is another attempt, whose noise is the same only in reproducible
+                mode, where it is published anyway.
 
         Raises:
             LedgerError: when a row cannot be read.
         """
-        self.path, self.plan, self.keys, self.manifest = path, plan, keys, manifest
+        self.path, self.plan, self.keys, self.manifest, self.code = path, plan, keys, manifest, code
         self._sigmas = plan.noise_multipliers()
+        content = path.read_bytes() if path.exists() else b""
+        if torn := len(content) - (content.rfind(b"\n") + 1):
+            os.truncate(path, len(content) - torn)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        except ValueError:
+            self.rows: list[dict[str, Any]] = [json.loads(line) for line in content[: len(content) - torn].splitlines()]
+            self._by_key = {row["noise_key"]: row for row in self.rows}
+        except (ValueError, KeyError, TypeError):
             raise LedgerError(f"{path} is damaged: move the run's folder away and start it anew") from None
-        self._by_key = {row["noise_key"]: row for row in self.rows}
 
     def begin(self, step: int) -> None:
         """Write the row of a step; call it before the step's batch is drawn.
@@ -58,19 +62,24 @@ class WriteAheadLedger:
             "sampling_key": self.keys.key_hash(Purpose.SAMPLING, step),
             "noise_key": self.keys.key_hash(Purpose.NOISE, step),
             "manifest": self.manifest,
+            "code": self.code,
         }
         if (before := self._by_key.get(row["noise_key"])) is not None:
-            if before != row:
-                changed = ", ".join(sorted(name for name in row if row[name] != before[name]))
+            changed = {name for name in row if row[name] != before.get(name, "")}
+            if changed - {"code"}:
                 raise LedgerError(
-                    f"{self.path}: the noise of step {step} was used before with another {changed}; "
+                    f"{self.path}: the noise of step {step} was used before with another {', '.join(sorted(changed))}; "
                     "use another seed, or fresh keys"
                 )
-            return
+            if not changed:
+                return
+        new = not self.rows
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
+        if new:
+            _sync_names(self.path.parent)
         self.rows.append(row)
         self._by_key[row["noise_key"]] = row
 
@@ -78,3 +87,12 @@ class WriteAheadLedger:
     def attempts(self) -> int:
         """How many different transcripts were begun; each counts as a run (SPECIFICATION.md 8)."""
         return sum(row["step"] == 0 for row in self.rows)
+
+
+def _sync_names(folder: Path) -> None:
+    """Wait until a new file's name is on the disk, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -225,26 +225,35 @@ class Mechanism:
         part = clip_and_sum(per_example, self.groups, step.rule, units if by_user else None)
         self._sum = part if self._sum is None else self._sum + part
 
-    def release(self, step: int, *, all_reduce: Callable[[Tensor], object] | None = None) -> Release:
+    def release(
+        self, step: int, *, all_reduce: Callable[[Tensor], object] | None = None, num_units: int | None = None
+    ) -> Release:
         """Add noise to the sum of the step, once, and go to the next; an empty batch is noise alone.
 
         Args:
             step: Must be `next_step`: noise is never drawn twice for a step, and never skipped.
             all_reduce: Adds a float64 vector over the ranks in place. Every rank then draws the same noise
                 from the same keys, so that it is in the reduced sum once.
+            num_units: Units of the whole batch, those of other ranks included. Needed for `user_uls` with
+                `all_reduce`: a user whose rows are on two ranks would be clipped twice.
 
         Raises:
             PrecisionError: If the noise falls short of the plan; nothing is released.
-            ValueError: If it is not this step's turn.
+            ValueError: If it is not this step's turn, or the sum is not of `num_units` units.
         """
         public = self._public_step()
         if step != self._next_step:
             raise ValueError(f"release of step {step}, but step {self._next_step} is due; release each step once")
         total = ClippedSum.empty(self.groups, public.rule.sensitivity) if self._sum is None else self._sum
         if all_reduce is not None:
-            if self.plan.unit == "user_uls":
-                raise ValueError("a user's rows could be on two ranks: run unit user_uls in one process")
+            if self.plan.unit == "user_uls" and num_units is None:
+                raise ValueError("a user's rows could be on two ranks: pass the number of units in the batch")
             total = total.reduced(all_reduce)
+        if num_units is not None and int(total.telemetry[0]) != num_units:
+            raise ValueError(
+                f"the batch has {num_units} units, but the sum has {int(total.telemetry[0])}; add each unit once,"
+                " with all its rows on one rank"
+            )
         bits = self._bit_rows(public.bit_std)
         effective = 0.0
         if self.plan.private:
