@@ -366,8 +366,10 @@ class ComputeConfig:
     """Folder of the embedded backbone and other things that are made once."""
     output_root: str = "outputs"
     """Folder of the run folders."""
+    checkpoint_every: int = _number(5, least=1)
+    """Steps between two checkpoints, from which a killed run goes on; history and mirrors are as fresh as they are."""
     force: bool = False
-    """Run again although a finished record exists."""
+    """Run again although a finished record exists, which stays until the new one is finished, too."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from dptune.data.schema import Example
 from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
 from dptune.data.templates import prompt_of, token_counter
+from dptune.lease import Claim, ClaimLost, claimed, holder
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
-from dptune.privacy.accounting import rounded_up
+from dptune.models.state import AdapterState
+from dptune.privacy.accounting import Reported, rounded_up
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.engines import checked_engine
 from dptune.privacy.events import Event
@@ -52,16 +54,19 @@ from dptune.records import (
     Metrics,
     Privacy,
     RunRecord,
-    claimed,
+    code_version,
     read,
     write_atomically,
 )
+from dptune.training import checkpoint
+from dptune.training.checkpoint import Checkpoint, CheckpointError
 from dptune.training.loop import Step, train
 from dptune.training.projection import make_projection
+from dptune.training.ranks import Ranks, joined
 
 LOG_FILE, ADAPTER_FOLDER = "run.log", "adapter"
 
-LEDGER_FILE = "ledger.jsonl"
+LEDGER_FILE, CHECKPOINT_FOLDER = "ledger.jsonl", "checkpoint"
 
 SKIPPED_FILE = "NON_PRIVATE_skipped.txt"
 """Bad records that `data.on_bad=skip` left out; not to be published."""
@@ -82,6 +87,11 @@ class Prepared:
     engine: str
     """Name of the engine of per-example gradients."""
 
+    @property
+    def stamp(self) -> dict[str, str]:
+        """What a checkpoint must have been made with: config, data, backbone and plan by name of the keys, and code."""
+        return {"run": self.keys.run, "mode": self.keys.mode, "plan": self.plan.fingerprint(), "code": code_version()}
+
 
 def run(config: Config, overrides: Sequence[str] = (), report: Report | None = None) -> RunRecord:
     """Do one run, or give its record if it is finished already.
@@ -94,57 +104,169 @@ def run(config: Config, overrides: Sequence[str] = (), report: Report | None = N
     Raises:
         ConfigError: when the data, the model or the privacy settings cannot be used; nothing is written then.
         BlockingIOError: when another process is doing this run.
+        OSError: when the run's folder cannot be written.
     """
+    torch.set_num_threads(config.compute.threads)
+    with joined() as ranks:
+        return lead(config, overrides, ranks, report or (lambda line: None)) if ranks.first else follow(config, ranks)
+
+
+def lead(config: Config, overrides: Sequence[str], ranks: Ranks, say: Report) -> RunRecord:
+    """Do a run as the only process, or as the one of several that writes."""
     identity = run_id(config)
     folder = Path(config.compute.output_root) / identity
-    say = report or (lambda line: None)
-    if (finished := read(folder)) is not None and finished.status == "done" and not config.compute.force:
+    if (finished := finished_record(folder, config)) is not None:
         say(f"{identity} is finished: {folder}")
+        ranks.told(Agreement(go=False).to_bytes())
         return finished
-    torch.set_num_threads(config.compute.threads)
+    if (other := holder(folder)) is not None:
+        raise BlockingIOError(f"run {identity} is being done by {other}")
     prepared = prepare(config, identity)
+    with claimed(folder) as claim:
+        if claim is None:
+            raise BlockingIOError(f"run {identity} is being done by another process")
+        if (finished := finished_record(folder, config)) is not None:
+            say(f"{identity} was finished by another process: {folder}")
+            ranks.told(Agreement(go=False).to_bytes())
+            return finished
+        return do(config, prepared, overrides, RunFolder(folder, claim, say), ranks)
+
+
+def do(config: Config, prepared: Prepared, overrides: Sequence[str], folder: RunFolder, ranks: Ranks) -> RunRecord:
+    """Do a run in a folder that is this process's, from the checkpoint if there is one."""
     begin = time.perf_counter()
-    with claimed(folder) as mine:
-        if not mine:
-            raise BlockingIOError(f"another process is doing run {identity}")
-        record = RunRecord(
-            run_id=identity,
-            status="running",
-            config=dataclasses.asdict(config),
-            sweep=config.sweep,
-            method=config.method,
-            provenance=provenance(config, prepared, overrides),
-        )
-        for name in (HISTORY_FILE, EVALUATION_FILE, LOG_FILE):
-            (folder / name).unlink(missing_ok=True)
-        record.write(folder)
-        write_atomically(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-        write_atomically(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
-
-        def log(line: str) -> None:
-            with (folder / LOG_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
-            say(line)
-
-        if prepared.data.skipped.count:
-            # How many, and which, is known to the data's holder alone: it is neither in the record nor in the log.
-            say(f"{prepared.data.skipped.count} records were skipped: {folder / SKIPPED_FILE}")
-            write_atomically(folder / SKIPPED_FILE, "".join(f"{line}\n" for line in prepared.data.skipped.messages))
-        tracker = tracking.start(config.tracking, record, folder)
-        try:
-            execute(config, prepared, record, folder, tracker, log, begin)
-            record.status = "done"
-        except BaseException as error:
-            record.status = "failed"
-            record.error = " ".join(f"{type(error).__name__}: {error}".split())
-            with (folder / LOG_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(traceback.format_exc())
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            record.write(folder)
-            tracker.finish(record)
+    record = RunRecord(
+        run_id=folder.path.name,
+        status="running",
+        config=dataclasses.asdict(config),
+        sweep=config.sweep,
+        method=config.method,
+        provenance=provenance(config, prepared, overrides),
+    )
+    # A forced run replaces a finished record only by a finished one.
+    replaces = (before := read(folder.path)) is not None and before.status == "done"
+    if not replaces:
+        record.write(folder.path)
+    start = start_of(prepared, folder)
+    write_atomically(folder.path / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomically(folder.path / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+    ranks.told(Agreement(True, start.step if start else 0, prepared.keys.master).to_bytes())
+    if prepared.data.skipped.count:
+        # How many, and which, is known to the data's holder alone: it is neither in the record nor in the log.
+        folder.say(f"{prepared.data.skipped.count} records were skipped: {folder.path / SKIPPED_FILE}")
+        skipped = "".join(f"{line}\n" for line in prepared.data.skipped.messages)
+        write_atomically(folder.path / SKIPPED_FILE, skipped)
+    tracker = tracking.start(config.tracking, record, folder.path)
+    try:
+        execute(config, prepared, record, folder, tracker, ranks, start, begin)
+        folder.claim.check()
+        record.status = "done"
+        record.write(folder.path)
+        checkpoint.remove(folder.path / CHECKPOINT_FOLDER)
+        ranks.wait()
+    except ClaimLost:
+        raise
+    except Exception as error:
+        record.status = "failed"
+        record.error = " ".join(f"{type(error).__name__}: {error}".split())
+        log_traceback(folder.path)
+        if not replaces:
+            record.write(folder.path)
+    except BaseException:
+        folder.log("interrupted; the same command goes on from the last checkpoint")
+        raise
+    finally:
+        tracker.finish(record)
     return record
+
+
+def follow(config: Config, ranks: Ranks) -> RunRecord:
+    """Do the share of a process that writes nothing, and give the record that the first one wrote."""
+    identity = run_id(config)
+    folder = Path(config.compute.output_root) / identity
+    agreed = Agreement.from_bytes(ranks.told(Agreement(go=False).to_bytes()))
+    try:
+        if agreed.go:
+            prepared = prepare(config, identity)
+            prepared = dataclasses.replace(prepared, keys=dataclasses.replace(prepared.keys, master=agreed.master))
+            start = checkpoint.load(folder / CHECKPOINT_FOLDER, prepared.stamp) if agreed.step else None
+            if prepared.plan.steps:
+                fit(config, prepared, ranks, start)
+            ranks.wait()
+    except Exception:
+        log_traceback(folder)
+        raise
+    record = read(folder)
+    assert record is not None
+    return record
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the first rank tells the others before a run."""
+
+    go: bool
+    step: int = 0
+    """Number of steps that are in the checkpoint; 0 without one."""
+    master: bytes = field(default=bytes(32), repr=False)
+    """Keys of the run."""
+
+    def to_bytes(self) -> bytes:
+        """37 bytes."""
+        return bytes([self.go]) + self.step.to_bytes(4, "little") + self.master
+
+    @classmethod
+    def from_bytes(cls, message: bytes) -> Agreement:
+        """Inverse of `to_bytes`."""
+        return cls(bool(message[0]), int.from_bytes(message[1:5], "little"), message[5:])
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, for the process that has claimed it."""
+
+    path: Path
+    claim: Claim
+    say: Report
+
+    def log(self, line: str) -> None:
+        """Write a line to the log and report it."""
+        with (self.path / LOG_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+        self.say(line)
+
+
+def log_traceback(folder: Path) -> None:
+    """Write the exception that is being handled to a run's log, or to standard error when that cannot be written."""
+    try:
+        with (folder / LOG_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(traceback.format_exc())
+    except OSError:
+        traceback.print_exc()
+
+
+def finished_record(folder: Path, config: Config) -> RunRecord | None:
+    """The record of a finished run that is not to be done again."""
+    record = read(folder)
+    return record if record is not None and record.status == "done" and not config.compute.force else None
+
+
+def start_of(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
+    """The checkpoint that a run goes on from; without one, what an earlier attempt left is removed."""
+    place = folder.path / CHECKPOINT_FOLDER
+    try:
+        start = checkpoint.load(place, prepared.stamp)
+    except CheckpointError as error:
+        folder.log(f"the checkpoint cannot be used: {error}; starting anew")
+        start = None
+    if start is None:
+        checkpoint.remove(place)
+        for name in (HISTORY_FILE, EVALUATION_FILE):
+            (folder.path / name).unlink(missing_ok=True)
+    else:
+        folder.log(f"going on after step {start.step} of {prepared.plan.steps}")
+        write_atomically(folder.path / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in start.history))
+    return start
 
 
 def prepare(config: Config, identity: str) -> Prepared:
@@ -260,9 +382,10 @@ def execute(
     config: Config,
     prepared: Prepared,
     record: RunRecord,
-    folder: Path,
+    folder: RunFolder,
     tracker: tracking.Tracker,
-    log: Report,
+    ranks: Ranks,
+    start: Checkpoint | None,
     begin: float,
 ) -> None:
     """Measure, train, measure, and fill the record."""
@@ -289,45 +412,67 @@ def execute(
         bare = model if adapters.KINDS[config.adapter.name].unchanged else load_backbone(config).model
         _zero_shot[floor] = evaluation.summarise(measure(bare))
     record.zero_shot = _zero_shot[floor]
-    log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan)}")
+    folder.log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan)}")
 
-    training_begin = time.perf_counter()
-    record.privacy = fit(config, prepared, folder, tracker, log) if plan.steps else privacy_of(plan, config, data, 0)
+    earlier = start.seconds if start else 0.0
+    training_begin = time.perf_counter() - earlier
+    record.privacy = privacy_of(plan, config, data, 0)
+    if plan.steps:
+        record.privacy = fit(config, prepared, ranks, start, folder, tracker)
     training_seconds = time.perf_counter() - training_begin
     judgements = measure(model)
     record.metrics = evaluation.summarise(judgements)
     if not math.isfinite(record.metrics.response_perplexity):
         raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
     lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in judgements)
-    write_atomically(folder / EVALUATION_FILE, "".join(lines))
-    save_adapter(model, folder / ADAPTER_FOLDER)
+    folder.claim.check()
+    write_atomically(folder.path / EVALUATION_FILE, "".join(lines))
+    save_adapter(model, folder.path / ADAPTER_FOLDER)
     record.cost = Cost(
-        seconds=time.perf_counter() - begin,
+        seconds=time.perf_counter() - begin + earlier,
         training_seconds=training_seconds,
         examples_per_second=plan.steps * plan.expected_batch_size / max(training_seconds, 1e-9),
         peak_memory_mb=peak_memory_mb(config.compute.device),
         device=f"{config.compute.device}, {config.compute.threads} thread(s)",
     )
-    log(summary(record))
+    folder.log(summary(record))
 
 
 _zero_shot: dict[tuple[str, str, int, str, bool], Metrics] = {}
 
 
-def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Tracker, log: Report) -> Privacy:
-    """Train the adapter in place, write ledger and history, and say what it guarantees."""
+def fit(
+    config: Config,
+    prepared: Prepared,
+    ranks: Ranks,
+    start: Checkpoint | None,
+    folder: RunFolder | None = None,
+    tracker: tracking.Tracker = tracking.NONE,
+) -> Privacy:
+    """Train the adapter in place, write ledger, checkpoints and history, and say what it guarantees.
+
+    Args:
+        config: of the run.
+        prepared: its parts.
+        ranks: the processes that do it together.
+        start: go on from there.
+        folder: where to write; None for a process that leaves this to another one.
+        tracker: gets the history.
+    """
     data, plan, model, keys = prepared.data, prepared.plan, prepared.model, prepared.keys
     tokenizer, sequence_length = prepared.backbone.tokenizer, config.environment.sequence_length
     adapters.set_modes(model)
     template = config.data.template
-    rows = encode_examples(data.train, tokenizer, sequence_length, template)
+    rows = training_rows(prepared, sequence_length, template)
     parameters = adapters.trainable(model)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
     sampler = plan.sampler(keys, users=[example.user for example in data.train])
     engine = make_engine(config, prepared)
-    ledger = WriteAheadLedger(folder / LEDGER_FILE, plan, keys, keys.run) if plan.private else None
-    if ledger is not None and plan.one_shot:
-        ledger.begin(0)
+    ledger = None
+    if plan.private and folder is not None:
+        ledger = WriteAheadLedger(folder.path / LEDGER_FILE, plan, keys, keys.run, code_version())
+        if plan.one_shot and start is None:
+            ledger.begin(0)
 
     def public_rows() -> list[Encoded]:
         embedded = dataclasses.replace(config.data, organisation="dev", on_long="truncate")
@@ -343,21 +488,40 @@ def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Trac
         private_rows=[rows[row] for row in sampler.all_rows.tolist()],
         public_rows=public_rows,
         layout=prepared.backbone.layout,
+        stored=start.state["projection"] if start else None,
     )
     mechanism = plan.mechanism(projection.groups, keys)
 
     def before_step(step: int) -> None:
+        if folder is not None:
+            folder.claim.check()
         if ledger is not None:
             ledger.begin(step)
+        ranks.wait()
         if plan.allocation.rule == "lora_weight_space":
             # Weights of the adapter as it is now are a function of past releases: free (SPECIFICATION.md 2.5).
             norms = {name: float(value.detach().square().sum()) for name, value in model.named_parameters()}
             mechanism.set_public_weights(lora_group_weights(groups, norms))
 
-    last: Step | None = None
+    history = list(start.history) if start else []
+    shown = 0
     spent = epsilon_marks(plan)
-    with (folder / HISTORY_FILE).open("w", encoding="utf-8") as history:
-        for last in train(
+
+    def let_out(step: Step) -> None:
+        """Make a checkpoint, and show its rows only then: what was seen is never drawn again with other noise."""
+        nonlocal shown
+        if folder is not None:
+            folder.claim.check()
+            made = Checkpoint(step.step, step.seconds, history, step.state())
+            checkpoint.save(folder.path / CHECKPOINT_FOLDER, made, prepared.stamp)
+            with (folder.path / HISTORY_FILE).open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in history[max(shown, start.step if start else 0) :])
+            for row in history[shown:]:
+                tracker.step(row)
+            shown = len(history)
+
+    try:
+        for step in train(
             parameters,
             rows,
             sampler=sampler,
@@ -371,23 +535,41 @@ def fit(config: Config, prepared: Prepared, folder: Path, tracker: tracking.Trac
             physical_batch_size=config.compute.physical_batch_size,
             before_step=before_step,
             after_step=lambda step, released: adapters.after_step(model, step, released),
+            ranks=ranks,
+            adapter=AdapterState(model),
+            start=start,
         ):
-            row = history_row(last, spent.get(last.step))
-            history.write(json.dumps(row) + "\n")
-            history.flush()
-            tracker.step(row)
-            if last.step in spent or last.step == plan.steps:
-                log(progress(last, plan, config, spent.get(last.step)))
+            history.append(history_row(step, spent.get(step.step)))
+            if step.step % config.compute.checkpoint_every == 0 or step.step == plan.steps:
+                let_out(step)
+            if folder is not None and (step.step in spent or step.step == plan.steps):
+                folder.log(progress(step, plan, config, spent.get(step.step)))
+    except Exception as error:
+        if folder is not None and keys.mode == "secure" and not isinstance(error, OSError):
+            # That it failed may be due to what it drew: drawing again for free would be choosing. A new attempt counts.
+            checkpoint.remove(folder.path / CHECKPOINT_FOLDER)
+        raise
     engine.close()
-    assert last is not None
     dimensions = {group.name: group.dimension for group in projection.groups}
     noise = {
-        name: GroupPrivacy(dimensions[name], std * plan.expected_batch_size)
-        for name, std in last.noise_std.items()
-        if name in dimensions
+        name: GroupPrivacy(dimension, history[-1][f"noise_std/{name}"] * plan.expected_batch_size)
+        for name, dimension in dimensions.items()
     }
-    guarantee = privacy_of(plan, config, data, last.step, noise)
+    guarantee = privacy_of(plan, config, data, plan.steps, noise)
     return dataclasses.replace(guarantee, attempts=ledger.attempts if ledger else 0)
+
+
+def training_rows(prepared: Prepared, sequence_length: int, template: str) -> list[Encoded]:
+    """The encoded training split; runs of a process on the same data share it."""
+    key = (prepared.data.fingerprint, prepared.backbone.fingerprint, sequence_length, template)
+    if key not in _training_rows:
+        _training_rows.clear()
+        tokenizer = prepared.backbone.tokenizer
+        _training_rows[key] = encode_examples(prepared.data.train, tokenizer, sequence_length, template)
+    return _training_rows[key]
+
+
+_training_rows: dict[tuple[str, str, int, str], list[Encoded]] = {}
 
 
 def make_engine(config: Config, prepared: Prepared) -> Engine:
@@ -411,6 +593,7 @@ def made_up_rows(vocabulary: int, other: bool) -> list[Encoded]:
     ]
 
 
+@functools.lru_cache(maxsize=256)
 def epsilon_marks(plan: PrivacyPlan) -> dict[int, float]:
     """Epsilon after about every tenth of the steps; all of it depends on the plan alone."""
     if not plan.private:
@@ -464,6 +647,12 @@ def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=256)
+def side_by_side(plan: PrivacyPlan) -> dict[str, Reported]:
+    """Epsilon by every accountant; runs that differ in their seed share it."""
+    return plan.side_by_side()
+
+
 def privacy_of(
     plan: PrivacyPlan, config: Config, data: Dataset, steps: int, groups: dict[str, GroupPrivacy] | None = None
 ) -> Privacy:
@@ -482,7 +671,7 @@ def privacy_of(
         noise_mode=plan.noise_mode,
         stand_in=data.public,
         groups=groups or {},
-        accountants={name: dataclasses.asdict(value) for name, value in plan.side_by_side().items()},
+        accountants={name: dataclasses.asdict(value) for name, value in side_by_side(plan).items()},
         plan=plan.to_dict(),
     )
 
@@ -505,6 +694,7 @@ def provenance(config: Config, prepared: Prepared, overrides: Sequence[str]) -> 
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "overrides": list(overrides),
         "git": git_commit(),
+        "code": code_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
         "data": prepared.data.fingerprint,

@@ -35,6 +35,9 @@ class NoTracker:
         """Nothing."""
 
 
+NONE = NoTracker()
+
+
 class WandbTracker:
     """Weights & Biases: config, history and summary under `id=run_id`, grouped by sweep."""
 

@@ -13,18 +13,20 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "config": set(),
     "records": {"config"},
+    "lease": set(),
     "privacy": set(),
     "data": {"config"},
     "models": {"config", "records", "data"},
     "tracking": {"config", "records"},
     "training": {"config", "records", "data", "models", "privacy"},
     "evaluation": {"config", "records", "data"},
-    "sweep": {"config", "records"},
+    "sweep": {"config"},
+    "status": {"records", "lease", "sweep"},
     "report": {"config", "records", "sweep", "privacy"},
-    "run": {"config", "records", "data", "models", "tracking", "training", "evaluation", "privacy"},
-    "cli": {"config", "records", "sweep", "run", "report"},
+    "run": {"config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"},
+    "cli": {"config", "records", "sweep", "status", "run", "report"},
 }
-LIGHT = ["config", "records", "sweep", "report"]
+LIGHT = ["config", "records", "lease", "sweep", "status", "report"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -20,8 +20,12 @@ from dptune.privacy.allocation import Group
 from dptune.privacy.gradients import Engine
 from dptune.privacy.mechanism import Mechanism
 from dptune.privacy.sampling import Batch
+from dptune.training.checkpoint import Checkpoint, Stateful, restore, state_of
 from dptune.training.optimizers import IterateAverage, learning_rate_factor, make_optimizer, update
 from dptune.training.projection import FullSpace
+from dptune.training.ranks import Ranks
+
+ALONE = Ranks()
 
 
 class Sampler(Protocol):
@@ -44,7 +48,9 @@ class Step:
     """Noise on the mean gradient by group."""
     telemetry: Mapping[str, float]
     seconds: float
-    """Since the first step began."""
+    """Since the first step began, interruptions aside."""
+    state: Callable[[], dict[str, Any]]
+    """Everything that later steps depend on, until the next step begins; for a checkpoint."""
 
 
 def train(
@@ -62,6 +68,9 @@ def train(
     physical_batch_size: int,
     before_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int, Mapping[str, torch.Tensor]], None] = lambda step, released: None,
+    ranks: Ranks = ALONE,
+    adapter: Stateful | None = None,
+    start: Checkpoint | None = None,
 ) -> Iterator[Step]:
     """Train `parameters` in place, yielding after each step.
 
@@ -79,24 +88,42 @@ def train(
         before_step: called with each step before its data are touched; writes the ledger.
         after_step: called with each step, from 0, and what was released in it, once the weights have moved.
         physical_batch_size: rows in one forward pass; cannot change the numbers beyond rounding.
+        ranks: the processes that do the run together.
+        adapter: state of the model, for checkpoints.
+        start: go on from there.
     """
     device = next(iter(parameters.values())).device
     group_of = {name: group.name for group in groups for name in group.parameters}
     optimizer = make_optimizer(parameters, hyperparameter, environment)
     average = IterateAverage(parameters, environment.iterate_ema)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(hyperparameter))
-    begin = time.perf_counter()
-    for step in range(hyperparameter.steps):
+    parts: dict[str, Stateful] = {
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "average": average,
+        "mechanism": mechanism,
+        "projection": projection,
+    }
+    if adapter is not None:
+        parts["adapter"] = adapter
+    if start is not None:
+        restore(parts, start.state)
+    begin = time.perf_counter() - (start.seconds if start else 0.0)
+    for step in range(start.step if start else 0, hyperparameter.steps):
         before_step(step)
         batch = sampler.batch(step)
         logical = [rows[row] for row in batch.indices.tolist()]
-        losses = 0.0
-        for piece in physical_batches(logical, batch.units, physical_batch_size):
+        losses = torch.zeros(1, dtype=torch.float64)
+        # Pieces small enough for every rank to get one; a unit is in one piece, hence on one rank.
+        size = min(physical_batch_size, max(1, -(-len(logical) // ranks.size)))
+        for piece in list(physical_batches(logical, batch.units, size))[ranks.rank :: ranks.size]:
             tensors = collate([logical[position] for position in piece.tolist()], layout, device)
             loss, gradients = engine(tensors)
             mechanism.accumulate(projection.project(gradients), torch.from_numpy(batch.units[piece]))
             losses += float(loss.sum())
-        release = mechanism.release(step)
+        ranks.sum(losses)
+        together = ranks.sum if ranks.size > 1 else None
+        release = mechanism.release(step, all_reduce=together, num_units=batch.num_units)
         released = projection.lift(release.gradients)
         noise_std = {name: release.noise_std[group_of[name]] for name in parameters}
         update(parameters, released, noise_std, optimizer, environment.shrinkage)
@@ -112,6 +139,7 @@ def train(
             learning_rate=rate,
             effective_noise_multiplier=release.effective_noise_multiplier,
             noise_std=release.noise_std,
-            telemetry={**release.telemetry, "NON_PRIVATE/loss": losses / max(len(logical), 1)},
+            telemetry={**release.telemetry, "NON_PRIVATE/loss": float(losses) / max(len(logical), 1)},
             seconds=time.perf_counter() - begin,
+            state=lambda: state_of(parts),
         )

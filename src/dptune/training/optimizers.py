@@ -138,3 +138,12 @@ class IterateAverage:
         """Replace the weights by their average, corrected for its start at zero."""
         for name, value in self.parameters.items():
             value.copy_(self.averages[name] / (1 - self.decay**self.steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, before the correction."""
+        return {"steps": self.steps, "averages": self.averages}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.steps = state["steps"]
+        self.averages = {name: state["averages"][name].to(value.device) for name, value in self.parameters.items()}

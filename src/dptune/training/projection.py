@@ -6,6 +6,7 @@ A subspace may be public, a function of past releases, or found on the private d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,13 @@ class FullSpace:
     def after_step(self, step: int, gradients: Gradients) -> None:
         """What was released in a step, for what may learn from it."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step, or was paid for: public, or functions of what was released."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+
 
 class FixedSubspace(FullSpace):
     """One subspace for all steps."""
@@ -62,6 +70,23 @@ class FixedSubspace(FullSpace):
     def lift(self, released: Gradients) -> Gradients:
         """The released coordinates as gradients of the parameters."""
         return self.subspace.lift(released)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The subspace."""
+        if isinstance(self.subspace, Subspace):
+            return {"bases": list(self.subspace.bases)}
+        return {"pairs": {name: list(pair) for name, pair in self.subspace.pairs.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the subspace of the state."""
+        self.subspace = stored_subspace(self.subspace.groups, state)
+
+
+def stored_subspace(groups: Sequence[Group], state: Mapping[str, Any]) -> Subspace | Carriers:
+    """The subspace in the state of a `FixedSubspace`."""
+    if "bases" in state:
+        return Subspace(tuple(groups), tuple(state["bases"]))
+    return Carriers(tuple(groups), {name: (left, right) for name, (left, right) in state["pairs"].items()})
 
 
 class MovingSubspace(FixedSubspace):
@@ -98,8 +123,18 @@ class HistorySubspace(MovingSubspace):
     def after_step(self, step: int, gradients: Gradients) -> None:
         """Remember the release, then draw the next subspace when it is time."""
         for name, value in gradients.items():
-            self._history.setdefault(name, []).append(value.detach().clone())
+            self._history.setdefault(name, []).append(value.detach().to("cpu", copy=True))
         super().after_step(step, gradients)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The subspace and all past releases."""
+        return {**super().state_dict(), "history": {name: torch.stack(past) for name, past in self._history.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        super().load_state_dict(state)
+        # In place: the function that draws subspaces looks at this dictionary.
+        self._history.update({name: list(past) for name, past in state["history"].items()})
 
 
 class ReparametrizedGradients(MovingSubspace):
@@ -123,8 +158,18 @@ class ReparametrizedGradients(MovingSubspace):
     def after_step(self, step: int, gradients: Gradients) -> None:
         """Add the release, then draw the next carriers when it is time."""
         for name, value in gradients.items():
-            self._update[name] = self._update[name] + value if name in self._update else value.detach().clone()
+            change = value.detach().to("cpu", copy=True)
+            self._update[name] = self._update[name] + change if name in self._update else change
         super().after_step(step, gradients)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The carriers and the sum of past releases."""
+        return {**super().state_dict(), "update": dict(self._update)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        super().load_state_dict(state)
+        self._update.update(state["update"])
 
 
 def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -144,6 +189,7 @@ def make_projection(
     private_rows: Sequence[Encoded],
     public_rows: Callable[[], Sequence[Encoded]],
     layout: Layout,
+    stored: Mapping[str, Any] | None = None,
 ) -> FullSpace:
     """The projection that the config names.
 
@@ -156,6 +202,8 @@ def make_projection(
         private_rows: each record that training may see, once.
         public_rows: encoded records of public data.
         layout: how the backbone reads an example.
+        stored: its state in a checkpoint. A subspace that was found on data is taken from there: on private data it
+            is paid for once, and must not be released a second time.
     """
     kind, dimension, refresh = (
         config.privacy.projection,
@@ -179,6 +227,8 @@ def make_projection(
         return HistorySubspace(groups, dimension, refresh, coins)
     if kind == "rgp":
         return ReparametrizedGradients(groups, dimension, refresh, coins)
+    if stored is not None:
+        return FixedSubspace(stored_subspace(groups, stored))
     if kind == "public":
         # A few rows more than directions, so that the leading ones stand out.
         parts = list(gradients(public_rows()[: 4 * dimension]))

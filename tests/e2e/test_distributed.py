@@ -1,0 +1,121 @@
+"""One run on two processes is the run on one process, up to rounding."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import command, composed, config, folder_of, lines, rows, wait_for, weights
+
+from dptune import records, run
+from dptune.config import Config, run_id
+from dptune.lease import holder
+
+__all__ = ["config"]
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+
+
+def torchrun(config: Config, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, *command(config, *more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def one_process(config: Config, root: Path, *more: str) -> Path:
+    config.compute.output_root = str(root)
+    record = run.run(composed(config, *more))
+    assert record.status == "done", record.error
+    return root / record.run_id
+
+
+def two_processes(config: Config, root: Path, *more: str) -> Path:
+    config.compute.output_root = str(root)
+    process = torchrun(config, *more)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert said.count("accuracy") == 1
+    (path,) = root.glob("*/record.json")
+    return path.parent
+
+
+def assert_equal_up_to_rounding(one: Path, two: Path) -> None:
+    first, second = weights(one), weights(two)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+    before, after = records.read(one), records.read(two)
+    assert before is not None and after is not None and before.status == after.status == "done"
+    assert before.privacy is not None and after.privacy is not None
+    assert before.privacy.epsilon == after.privacy.epsilon and before.privacy.attempts == after.privacy.attempts == 1
+    # The same batches and the same noise, each once.
+    assert rows(one / "ledger.jsonl") == rows(two / "ledger.jsonl")
+    for left, right in zip(rows(one / "history.jsonl"), rows(two / "history.jsonl"), strict=True):
+        assert left["NON_PRIVATE/batch_size"] == right["NON_PRIVATE/batch_size"]
+        assert left["NON_PRIVATE/loss"] == pytest.approx(right["NON_PRIVATE/loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["privacy=adaptive", "compute.physical_batch_size=3"],
+        ["privacy=user_uls", "privacy.examples_per_user=3"],
+    ],
+    ids=["examples", "users"],
+)
+def test_two_processes_equal_one(config: Config, tmp_path: Path, more: list[str]) -> None:
+    one = one_process(config, tmp_path / "one", *more)
+    two = two_processes(config, tmp_path / "two", *more)
+    assert one.name == two.name
+    assert_equal_up_to_rounding(one, two)
+
+
+def test_killed_processes_are_gone_on_for_and_share_secure_keys(config: Config, tmp_path: Path) -> None:
+    """With keys of their own two ranks would draw other batches, and the number of units would not fit."""
+    config.hyperparameter.steps, config.compute.checkpoint_every = 60, 3
+    config.compute.output_root = str(tmp_path)
+    process = torchrun(config, "privacy.noise_mode=secure")
+    wait_for(lambda: any(lines(path) >= 8 for path in tmp_path.glob("*/ledger.jsonl")))
+    (folder,) = (path.parent for path in tmp_path.glob("*/ledger.jsonl"))
+    first = holder(folder)
+    assert first is not None
+    os.kill(first.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and holder(folder) is None
+    found = two_processes(config, tmp_path, "privacy.noise_mode=secure")
+    assert "going on after step" in (found / "run.log").read_text()
+    record = records.read(found)
+    assert record is not None and record.privacy is not None and record.privacy.attempts == 1
+
+
+def test_a_process_that_dies_ends_the_others_with_its_traceback_in_the_log(config: Config, tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom dptune import run\nfrom dptune.cli import main\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    def collate(*_):\n        raise RuntimeError('the second one is ill')\n"
+        "    run.make_engine = collate\n"
+        "main(sys.argv[1:])"
+    )
+    config.compute.output_root = str(tmp_path)
+    arguments = command(config)
+    arguments[2] = program
+    done = subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    (log,) = tmp_path.glob("*/run.log")
+    assert "the second one is ill" in log.read_text()
+    assert run.run(composed(config)).status == "done"
+
+
+def test_a_sweep_takes_a_launcher_instead(config: Config, tmp_path: Path) -> None:
+    config.compute.output_root = str(tmp_path)
+    done = subprocess.run(
+        command(config, "sweeps=smoke", "-m"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
+    )
+    assert done.returncode == 2 and "torchrun is for one run" in done.stderr
+    assert run_id(config) and not folder_of(config).exists()

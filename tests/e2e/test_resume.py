@@ -1,0 +1,371 @@
+"""A run that is interrupted goes on from its checkpoint and ends as if it had not been."""
+
+import contextlib
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from dptune import records, run, tracking
+from dptune.config import Config, run_id, strict
+from dptune.lease import holder
+from dptune.sweep import ROOT, without_hydra
+from dptune.training import checkpoint
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(model_folder: Path, tmp_path: Path) -> Config:
+    made = Config()
+    made.model.name, made.model.path = "local", str(model_folder)
+    made.data.train_size, made.data.validation_size, made.data.test_size = 120, 10, 20
+    made.hyperparameter.steps, made.hyperparameter.warmup_steps = STEPS, 1
+    made.hyperparameter.expected_batch_size, made.hyperparameter.rank = 12, 2
+    made.compute.checkpoint_every = 2
+    made.compute.output_root, made.compute.cache_dir = str(tmp_path / "outputs"), str(tmp_path / "cache")
+    return made
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.compute.output_root) / run_id(config)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Lines without the time they took."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "NON_PRIVATE/seconds"} for line in lines]
+
+
+def assert_the_same_run(one: Path, two: Path) -> None:
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    for name in ("history.jsonl", "evaluation.jsonl", "ledger.jsonl"):
+        assert (one / name).exists() == (two / name).exists()
+        if (one / name).exists():
+            assert rows(one / name) == rows(two / name)
+    before, after = records.read(one), records.read(two)
+    assert before is not None and after is not None and before.status == after.status == "done"
+    assert before.metrics == after.metrics and before.privacy == after.privacy
+    assert not (two / "checkpoint").exists()
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing that handles errors handles it."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException | None = None) -> None:
+    """Stop the next run when it has done so many steps, before the last one is in a checkpoint."""
+    row = run.history_row
+
+    def history_row(step: Any, epsilon: float | None) -> dict[str, Any]:
+        if step.step == after:
+            raise error or Killed
+        return row(step, epsilon)
+
+    monkeypatch.setattr(run, "history_row", history_row)
+
+
+def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, after)
+        with pytest.raises(Killed):
+            run.run(config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"privacy.enabled": False, "privacy.target_epsilon": None, "environment.optimizer": "sgd"},
+        {"environment.optimizer": "adam", "environment.iterate_ema": 0.9},
+        {"environment.optimizer": "dp_adam_bc"},
+        {"privacy.allocation_weights": "adam", "privacy.quantile": 0.6, "privacy.schedule": "cosine"},
+        {"privacy.allocation": "lora_weight_space", "hyperparameter.weight_decay": 0.1},
+        {"privacy.projection": "random", "privacy.projection_dimension": 4, "privacy.projection_refresh": 2},
+        {"privacy.projection": "history", "privacy.projection_dimension": 4, "privacy.projection_refresh": 1},
+        {"privacy.projection": "rgp", "privacy.projection_dimension": 1, "privacy.projection_refresh": 2},
+        {"privacy.projection": "public", "privacy.projection_dimension": 4},
+        {"privacy.projection": "private", "privacy.projection_noise_multiplier": 3.0},
+        {"privacy.unit": "user_uls", "privacy.examples_per_user": 2, "hyperparameter.expected_batch_size": 10},
+        {"adapter.name": "adalora"},
+        {"adapter.name": "pst", "hyperparameter.learning_rate": 0.1},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())) or "reference",
+)
+def test_an_interrupted_run_ends_bit_equal(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    for name, value in settings.items():
+        group, _, leaf = name.partition(".")
+        setattr(getattr(config, group), leaf, value)
+    whole = run.run(config)
+    assert whole.status == "done", whole.error
+    one = folder_of(config)
+    config.compute.output_root = str(tmp_path / "again")
+    two = folder_of(config)
+    interrupted(config, monkeypatch, after=3)
+    assert [row["step"] for row in rows(two / "history.jsonl")] == [1, 2]
+    found = records.read(two)
+    assert found is not None and found.status == "running"
+    interrupted(config, monkeypatch, after=5)
+    assert [row["step"] for row in rows(two / "history.jsonl")] == [1, 2, 3, 4]
+    again = run.run(config)
+    assert again.status == "done", again.error
+    log = (two / "run.log").read_text()
+    assert "going on after step 2 of 6" in log and "going on after step 4 of 6" in log
+    assert_the_same_run(one, two)
+
+
+def test_a_run_killed_while_it_is_judged_is_judged_again(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.run(config)
+    one = folder_of(config)
+    config.compute.output_root = str(tmp_path / "again")
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run, "save_adapter", killed)
+        run.run(config)
+    run.run(config)
+    assert "going on after step 6 of 6" in (folder_of(config) / "run.log").read_text()
+    assert_the_same_run(one, folder_of(config))
+
+
+def test_nothing_of_a_step_is_seen_before_its_checkpoint(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not in a checkpoint may be drawn again with other noise, so that nobody may have seen it."""
+    folder, seen = folder_of(config), []
+
+    class Tracker(tracking.NoTracker):
+        def step(self, row: Any) -> None:
+            stored = json.loads((folder / "checkpoint" / "checkpoint.json").read_text())
+            assert row["step"] <= stored["step"] and row in stored["history"]
+            seen.append(row["step"])
+
+    monkeypatch.setattr(tracking, "start", lambda *_: Tracker())
+    interrupted(config, monkeypatch, after=6)
+    assert seen == [1, 2, 3, 4]
+    seen.clear()
+    assert run.run(config).status == "done"
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def secure(config: Config) -> Config:
+    config.privacy.noise_mode = "secure"
+    return config
+
+
+def test_a_secure_run_goes_on_with_fresh_keys_at_the_same_epsilon(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(secure(config))
+    interrupted(config, monkeypatch, after=4)
+    master = b"".join(path.read_bytes() for path in (folder / "checkpoint").iterdir())
+    begun = rows(folder / "ledger.jsonl")
+    assert [row["step"] for row in begun] == [0, 1, 2, 3] and b"master" not in master
+    record = run.run(config)
+    ledger = rows(folder / "ledger.jsonl")
+    assert [row["step"] for row in ledger] == [0, 1, 2, 3, 2, 3, 4, 5]
+    # No noise and no batch is drawn twice, and the steps of the checkpoint are not drawn again.
+    for name in ("noise_key", "sampling_key"):
+        assert len({row[name] for row in ledger}) == len(ledger)
+    assert record.privacy is not None and record.privacy.attempts == 1 and record.privacy.steps == STEPS
+    assert record.privacy.epsilon is not None and record.privacy.epsilon <= 8
+
+
+def test_a_secure_run_that_failed_by_itself_begins_another_attempt(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing again because of what was drawn would be choosing."""
+    secure(config)
+    for error, attempts, kept in ((RuntimeError("NaN"), 1, False), (OSError("the disk is full"), 2, True)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, 4, error)
+            assert run.run(config).status == "failed"
+        ledger = rows(folder_of(config) / "ledger.jsonl")
+        assert sum(row["step"] == 0 for row in ledger) == attempts
+        assert (folder_of(config) / "checkpoint").exists() is kept
+    record = run.run(config)
+    assert record.status == "done" and record.privacy is not None and record.privacy.attempts == 2
+    assert (folder_of(config) / "run.log").read_text().count("Traceback") == 2
+
+
+@pytest.mark.parametrize("damage", ["code", "file"])
+def test_a_checkpoint_that_does_not_fit_is_not_used(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    run.run(config)
+    one = folder_of(config)
+    config.compute.output_root = str(tmp_path / "again")
+    two = folder_of(config)
+    if damage == "code":
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "code_version", lambda: "older")
+            interrupted(config, patch, after=5)
+    else:
+        interrupted(config, monkeypatch, after=5)
+        (two / "checkpoint" / "step-4.safetensors").write_bytes(b"")
+    record = run.run(config)
+    assert record.status == "done" and record.privacy is not None
+    reason = "another code" if damage == "code" else "step-4.safetensors is damaged"
+    assert (
+        f"the checkpoint cannot be used: {'it was made with ' if damage == 'code' else ''}{reason}"
+        in (two / "run.log").read_text()
+    )
+    # The same code makes the same releases again; of other code nobody knows that.
+    assert record.privacy.attempts == (2 if damage == "code" else 1)
+    for name, value in weights(one).items():
+        assert torch.equal(value, weights(two)[name])
+
+
+def test_a_forced_run_keeps_the_finished_record_until_it_is_done(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run.run(config)
+    config.compute.force = True
+    for error in (Killed(), RuntimeError("no")):
+        with monkeypatch.context() as patch:
+            interrupt(patch, 3, error)
+            if isinstance(error, Killed):
+                with pytest.raises(Killed):
+                    run.run(config)
+            else:
+                assert run.run(config).status == "failed"
+        assert records.read(folder_of(config)) == first
+    assert run.run(config).provenance["started"] >= first.provenance["started"]
+
+
+def test_a_full_disk_fails_one_run_and_its_checkpoint_stays(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.run(config)
+    one = folder_of(config)
+    config.compute.output_root = str(tmp_path / "again")
+    with monkeypatch.context() as patch:
+        save = checkpoint.save
+
+        def full(folder: Path, made: Any, stamp: Any) -> None:
+            if made.step == 4:
+                raise OSError(28, "No space left on device")
+            save(folder, made, stamp)
+
+        patch.setattr(checkpoint, "save", full)
+        record = run.run(config)
+    assert record.status == "failed" and record.error is not None and "No space left" in record.error
+    assert run.run(config).status == "done"
+    assert_the_same_run(one, folder_of(config))
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses longer files, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "what"), [(1000, "record.json"), (12_000, "checkpoint")])
+def test_a_disk_that_is_really_full_loses_no_finished_record(config: Config, size: int, what: str) -> None:
+    first = run.run(config)
+    config.environment.seed = 1
+    with largest_file(size):
+        if what == "record.json":
+            with pytest.raises(OSError, match="File too large"):
+                run.run(config)
+        else:
+            record = run.run(config)
+            assert record.status == "failed" and record.error is not None and what in record.error
+    config.environment.seed, config.compute.force = 0, True
+    with largest_file(size), contextlib.suppress(OSError):
+        assert run.run(config).status == "failed"
+    assert records.read(folder_of(config)) == first
+    config.environment.seed, config.compute.force = 1, False
+    assert run.run(config).status == "done"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(config: Config, tmp_path: Path) -> None:
+    config.compute.output_root = str(tmp_path / "file")
+    (tmp_path / "file").touch()
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "File exists" in done.stderr and str(tmp_path / "file") in done.stderr
+
+
+PROGRAM = "import sys\nfrom dptune.cli import main\nmain(sys.argv[1:])"
+
+
+def command(config: Config, *more: str) -> list[str]:
+    arguments = [
+        f"{group}.{name}={'null' if value is None else value}"
+        for group, names in {
+            "model": ("name", "path"),
+            "data": ("train_size", "validation_size", "test_size"),
+            "hyperparameter": ("steps", "warmup_steps", "expected_batch_size", "rank"),
+            "compute": ("checkpoint_every", "output_root", "cache_dir"),
+        }.items()
+        for name in names
+        for value in [getattr(getattr(config, group), name)]
+    ]
+    return [sys.executable, "-c", PROGRAM, *arguments, *more]
+
+
+def composed(config: Config, *more: str) -> Config:
+    """The config that `command` runs."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return strict(without_hydra(compose("config", command(config, *more)[3:])))
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_process_that_is_killed_or_stopped_is_gone_on_for(config: Config, tmp_path: Path) -> None:
+    config.hyperparameter.steps, config.compute.checkpoint_every = 60, 3
+    config = composed(config)
+    assert run.run(config).status == "done"
+    one = folder_of(config)
+    config.compute.output_root = str(tmp_path / "killed")
+    two = folder_of(config)
+    for rows_begun, how in ((10, signal.SIGKILL), (25, signal.SIGINT), (40, signal.SIGTERM)):
+        process = subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda begun=rows_begun: lines(two / "ledger.jsonl") >= begun)
+        process.send_signal(how)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == (130 if how == signal.SIGINT else -how)
+        assert ("interrupted; finished runs are kept" in said) is (how == signal.SIGINT)
+        found = records.read(two)
+        assert found is not None and found.status == "running" and holder(two) is None
+    assert run.run(config).status == "done"
+    assert (two / "run.log").read_text().count("going on after step") == 3
+    assert_the_same_run(one, two)
