@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup sweep table tables figures claims report notebooks sample test check format clean
+.PHONY: help setup sweep status table tables figures claims report notebooks sample test test-all check format clean
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -27,6 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 sweep: $(STAMP) ## Run a sweep and print its table: make sweep [SWEEP=hyperparameter] [ARGS="key=value ..."]
 	@status=0; $(BIN)/dptune -m sweeps=$(SWEEP) hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) $(ARGS) || status=$$?; \
 	 if [ $$status -ne 2 ]; then $(BIN)/dptune table $(SWEEP) $(ARGS) || status=$$?; fi; exit $$status
+
+status: $(STAMP) ## What is done, running, failed, missing: make status [SWEEP=hyperparameter]
+	@$(BIN)/dptune status $(SWEEP) $(ARGS)
 
 table: $(STAMP) ## Print the table of a sweep again: make table [SWEEP=hyperparameter]
 	@$(BIN)/dptune table $(SWEEP) $(ARGS)
@@ -54,6 +57,9 @@ sample: $(STAMP) ## Make the sample records of analysis/sample again
 
 test: $(STAMP) ## Run the tests
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-all: $(STAMP) ## Run the slow tests, too: twenty kills over a sweep
+	@$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
 
 check: $(STAMP) ## Formatting, linting and types
 	$(BIN)/ruff format --check .

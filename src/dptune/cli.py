@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from dptune.report import commands
 
             getattr(commands, argv[0])(argv[1:])
+        elif argv[:1] == ["status"]:
+            status(argv[1:])
         else:
             sys.argv = ["dptune", *argv]
             hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")(job)()
@@ -54,12 +57,17 @@ def errors_for_people() -> Iterator[None]:
         fail(in_one_line(error), USAGE_ERROR)
     except (RunFailed, BlockingIOError) as error:
         fail(in_one_line(error), RUN_FAILED)
+    except OSError as error:
+        fail(f"{in_one_line(error)}; finished runs are kept", RUN_FAILED)
 
 
 def job(tree: DictConfig) -> None:
     """What Hydra calls for each run. In a sweep, errors go to the sweeper, so that the other runs go on."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        one_run(strict(tree), report=lambda line: None)
+        try:
+            one_run(strict(tree), report=lambda line: None)
+        except BlockingIOError as error:
+            print(f"left out: {error}", flush=True)
     else:
         with errors_for_people():
             config = strict(tree)
@@ -76,7 +84,22 @@ def one_run(config: Config, report: Callable[[str], None]) -> None:
     if record.status == "failed":
         log = f"{config.compute.output_root}/{record.run_id}/run.log"
         raise RunFailed(f"run {record.run_id} failed: {record.error}; its log is {log}")
-    print(f"{record.run_id}  {summary(record)}", flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{record.run_id}  {summary(record)}", flush=True)
+
+
+def status(argv: Sequence[str]) -> None:
+    """`dptune status [SWEEP] [OVERRIDE ...]`: which runs are done, running, failed, missing, stale."""
+    from dptune import status
+
+    if argv and "=" not in argv[0]:
+        from dptune.sweep import load
+
+        arguments = [item for item in argv if "=" in item]
+        print(status.of_sweep(argv[0], load(argv[0], arguments), arguments))
+    else:
+        roots = [item.partition("=")[2] for item in argv if item.startswith("compute.output_root=")]
+        print(status.of_folder(Path(roots[-1] if roots else "outputs")))
 
 
 def in_one_line(error: Exception) -> str:

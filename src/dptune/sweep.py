@@ -99,11 +99,30 @@ def jobs_of(
         ConfigError: naming the overrides of the first job that cannot be run. Nothing has been started then.
     """
     jobs: dict[str, Job] = {}
+    composed: dict[tuple[str, ...], DictConfig] = {}
     for overrides, varied in expand(common, axes, arguments):
-        config = strict(without_hydra(loader.load_sweep_config(master, overrides)))
+        config = strict(compose(loader, master, overrides, composed))
         identity = run_id(config)
         jobs.setdefault(identity, Job(identity, config, tuple(overrides), tuple(varied)))
     return list(jobs.values())
+
+
+def compose(
+    loader: ConfigLoader, master: DictConfig, overrides: Sequence[str], composed: dict[tuple[str, ...], DictConfig]
+) -> DictConfig:
+    """The tree of one job without Hydra's part.
+
+    Composing is slow, so that jobs with the same choices of groups share it: `composed` holds what they have in common,
+    and values, which have dotted names, are put on top as Hydra does it.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    values = [item for item in parsed if "." in item.key_or_group and not item.key_or_group.startswith("hydra.")]
+    groups = tuple(str(item.input_line) for item in parsed if item not in values)
+    if groups not in composed:
+        composed[groups] = without_hydra(loader.load_sweep_config(master, list(groups)))
+    tree = composed[groups].copy()
+    ConfigLoaderImpl._apply_overrides_to_config(values, tree)
+    return tree
 
 
 def without_hydra(tree: DictConfig) -> DictConfig:

@@ -1,6 +1,8 @@
 """A Hydra sweeper that joins several small grids; see dptune.sweep. Hydra finds it by its place in `hydra_plugins`."""
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,19 +50,50 @@ class AxesSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run what is missing; a run that fails does not stop the others."""
-        from dptune.records import RunFailed, read
+        from dptune.config import ConfigError
+        from dptune.records import RunFailed
 
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError("torchrun is for one run; give a sweep a launcher (hydra/launcher=joblib or slurm)")
         jobs = self.jobs(arguments)
-        missing = []
-        for job in jobs:
-            record = read(Path(job.config.compute.output_root) / job.run_id)
-            if job.config.compute.force or record is None or record.status != "done":
-                missing.append(job)
+        missing = [job for job in jobs if job.config.compute.force or not _is_done(job)]
         print(f"{len(jobs)} runs: {len(jobs) - len(missing)} finished before, {len(missing)} to do", flush=True)
         if not missing:
             return []
-        results = self.launcher.launch([list(job.overrides) for job in missing], initial_job_idx=0)
+        results = self.launched(missing)
         failed = [result._return_value for result in results if result.status == JobStatus.FAILED]
         if failed:
             raise RunFailed("; ".join([f"{len(failed)} of {len(missing)} runs failed", *map(str, failed)]))
+        unfinished = sum(not _is_done(job) for job in missing)
+        if unfinished:
+            print(f"{unfinished} runs are being done by other processes; `dptune status` shows them", flush=True)
         return list(results)
+
+    def launched(self, missing: Sequence["Job"]) -> Sequence[JobReturn]:
+        """Results of the launcher, which is asked again when the system killed one of its workers.
+
+        Raises:
+            RunFailed: when workers were killed too often.
+        """
+        from dptune.records import RunFailed
+
+        for _ in range(LAUNCHES):
+            try:
+                return self.launcher.launch([list(job.overrides) for job in missing], initial_job_idx=0)
+            except BrokenExecutor:
+                missing = [job for job in missing if not _is_done(job)]
+                print(f"a worker process was killed; {len(missing)} runs are still to do", flush=True)
+                if not missing:
+                    return []
+        raise RunFailed(f"worker processes were killed {LAUNCHES} times: is there enough memory for so many at once?")
+
+
+LAUNCHES = 5
+"""How often a sweep is launched in all when workers are killed."""
+
+
+def _is_done(job: "Job") -> bool:
+    from dptune.records import summary
+
+    seen = summary(Path(job.config.compute.output_root) / job.run_id)
+    return seen is not None and seen.status == "done"

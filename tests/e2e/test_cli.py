@@ -64,7 +64,16 @@ def test_a_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--cfg", "job"], ["+typo=1"], ["-m", "sweeps=nope"], ["table", "smoke"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--cfg", "job"],
+        ["+typo=1"],
+        ["-m", "sweeps=nope"],
+        ["table", "smoke"],
+        ["status"],
+        ["status", "smoke"],
+    ],
 )
 def test_what_needs_no_training_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
     program = (

@@ -11,7 +11,7 @@ FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
 CHOICES = sorted(
     f"{path.parent.relative_to(ROOT / 'conf')}={path.stem}"
     for path in (ROOT / "conf").rglob("*.yaml")
-    if path.parent != ROOT / "conf"
+    if path.parent != ROOT / "conf" and "hydra" not in path.parts
 )
 
 
