@@ -56,10 +56,10 @@ sample: $(STAMP) ## Make the sample records of analysis/sample again
 	@find analysis/sample -mindepth 2 ! -name record.json ! -name history.jsonl ! -name evaluation.jsonl -delete
 
 test: $(STAMP) ## Run the tests
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 
 test-all: $(STAMP) ## Run the slow tests, too: twenty kills over a sweep
-	@$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow" $(ARGS)
 
 check: $(STAMP) ## Formatting, linting and types
 	$(BIN)/ruff format --check .
