@@ -406,6 +406,8 @@ def execute(
         )
 
     record.parameters = adapters.count(model)
+    if not plan.steps:
+        record.parameters = dataclasses.replace(record.parameters, trainable=0, groups={})
     floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length, config.data.template, seen is None)
     if floor not in _zero_shot:
         # Most fresh adapters change nothing; a soft prompt does.

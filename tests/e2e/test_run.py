@@ -315,6 +315,7 @@ def test_a_run_without_steps_releases_nothing(config: Config) -> None:
     record = run.run(config)
     assert record.status == "done" and record.privacy is not None, record.error
     assert record.privacy.epsilon == 0.0 and record.privacy.private and record.metrics == record.zero_shot
+    assert record.parameters is not None and record.parameters.trainable == 0
 
 
 @pytest.mark.parametrize("unit", ["example", "user_els"])

@@ -120,6 +120,24 @@ def test_a_run_that_another_sweep_made_has_the_method_it_was_asked_for_by_here(t
     assert "dp_lora" in text and "dptune" in text and "+0.100" in text
 
 
+def test_a_method_without_steps_is_not_told_apart_by_how_it_would_be_trained(tmp_path: Path) -> None:
+    ways = (("dp_lora", 12, 2), ("dp_lora", 12, 4), ("ffa_lora", 12, 4), ("zero_shot", 0, 16))
+    jobs = []
+    for method, steps, rank in ways:
+        jobs += smoke(
+            tmp_path,
+            f"method={method}",
+            f"hyperparameter.steps={steps}",
+            "hyperparameter.warmup_steps=0",
+            f"hyperparameter.rank={rank}",
+            "privacy=uniform",
+        )
+    for job in jobs:
+        finish(job, 0.5, tmp_path)
+    text = shown(tmp_path, jobs)
+    assert "| zero_shot, steps=0 | " in text and "| dp_lora, rank=2 | " in text and "rank=16" not in text
+
+
 def test_the_largest_epsilon_of_a_setting_is_shown(tmp_path: Path) -> None:
     jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
     for job, epsilon in zip(jobs, (7.1, 7.90001), strict=True):

@@ -13,7 +13,8 @@ from dptune.report.results import DONE, STALE
 if TYPE_CHECKING:
     import pandas as pd
 
-SEED = "config.environment.seed"
+SEED, HYPERPARAMETER = "config.environment.seed", "config.hyperparameter."
+STEPS = f"{HYPERPARAMETER}steps"
 NOT_SETTING = ("config.compute.", "config.tracking.", "config.method", "config.sweep", SEED)
 """Parts of the config that do not set runs apart: they cannot change numbers, or are what is averaged over."""
 NOT_METHOD = ("config.adapter.", "config.privacy.", *NOT_SETTING)
@@ -222,10 +223,12 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
     labels = []
     for at, part in enumerate(parts):
         words = [methods[at]] if methods[at] and len(set(methods)) > 1 else []
+        # Without a step, how it would have been trained says nothing.
+        idle = STEPS in columns and columns[STEPS][part[0]] == 0
         words += [
             f"{name.removeprefix('config.').removesuffix('.name').rpartition('.')[2]}={_said(columns[name][part[0]])}"
             for name in shown
-            if content[name][at] != common[name]
+            if content[name][at] != common[name] and not (idle and name.startswith(HYPERPARAMETER) and name != STEPS)
         ]
         label = ", ".join(words) or "reference"
         labels.append(label + (" (stale)" if columns["state"][part[0]] == STALE else ""))
