@@ -315,7 +315,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(config: Config, tmp_path: P
     assert "File exists" in done.stderr and str(tmp_path / "file") in done.stderr
 
 
-PROGRAM = "import sys\nfrom dptune.cli import main\nmain(sys.argv[1:])"
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Jobs in the background of a shell ignore Ctrl-C.
+from dptune.cli import main
+main(sys.argv[1:])
+"""
 
 
 def command(config: Config, *more: str) -> list[str]:
