@@ -7,9 +7,6 @@ from the `dev` or `private` organisation, so that using them costs no privacy bu
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -29,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dptune.data import encoding, supportdesk, templates
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
+from dptune.models.cache import made_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +91,6 @@ RECIPES = {
 def load_tiny(cache_dir: Path, recipe: Recipe, *, progress: Callable[[str], None] | None = None) -> Path:
     """Folder of an embedded backbone in Hugging Face format; pretrains it when the cache does not hold it.
 
-    The folder is named by a hash of all that decides its content and appears in one piece. Of several
-    processes that ask at once one pretrains and the others wait.
-
     Args:
         cache_dir: Folder of the cache; made when missing.
         recipe: How to make it.
@@ -105,26 +99,15 @@ def load_tiny(cache_dir: Path, recipe: Recipe, *, progress: Callable[[str], None
     Returns:
         A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
     """
-    name = f"{recipe.name}-{content_hash(recipe)}"
-    folder = cache_dir / name
-    if folder.is_dir():
-        return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f"{name}.lock"):
-        if folder.is_dir():
-            return folder
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
-        try:
-            records = supportdesk.public(recipe.seed, recipe.records)
-            tokenizer = train_tokenizer(records, recipe.vocabulary)
-            model = _pretrain(records, tokenizer, recipe, progress or (lambda line: None))
-            tokenizer.save_pretrained(draft)
-            model.save_pretrained(draft)
-            draft.chmod(0o755)
-            os.replace(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        records = supportdesk.public(recipe.seed, recipe.records)
+        tokenizer = train_tokenizer(records, recipe.vocabulary)
+        model = _pretrain(records, tokenizer, recipe, progress or (lambda line: None))
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+
+    return made_once(cache_dir, f"{recipe.name}-{content_hash(recipe)}", make)
 
 
 def train_tokenizer(records: list[Example], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -1,0 +1,36 @@
+"""Folders that are made once, each in one piece, by one of the processes that want them."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def made_once(cache_dir: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of a cache; made when the cache does not hold it.
+
+    It appears in one piece. Of several processes that ask at once one makes it and the others wait.
+
+    Args:
+        cache_dir: Folder of the cache; made when missing.
+        name: Name of the folder, with a hash of all that decides its content.
+        make: Fills the empty folder that it is given.
+    """
+    folder = cache_dir / name
+    if folder.is_dir():
+        return folder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / f"{name}.lock"):
+        if folder.is_dir():
+            return folder
+        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
+        try:
+            make(draft)
+            draft.chmod(0o755)
+            os.replace(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
