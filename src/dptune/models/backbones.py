@@ -1,4 +1,4 @@
-"""Frozen language models: the embedded one, or any local folder in Hugging Face format. Remote code is never run."""
+"""Frozen language models: embedded, from a local folder or GGUF file, or from the Hub. Remote code is never run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,22 +45,51 @@ def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -
     """A fresh copy of a frozen backbone in evaluation mode; the files are read once per process.
 
     Raises:
-        ConfigError: when the folder holds no language model with a tokenizer, or the device does not exist.
+        ConfigError: when there is no language model with a tokenizer at the place given, or the device does not exist.
     """
     check_device(device)
     transformers_logging.disable_progress_bar()
-    if config.path is not None:
-        folder = Path(config.path)
-    else:
-        from dptune.models.tiny import RECIPES, load_tiny
-
-        folder = load_tiny(
-            cache_dir, RECIPES[config.name], progress=lambda line: print(line, file=sys.stderr, flush=True)
-        )
-    loaded = _read(folder.resolve(), precision)
+    folder, name, where = _located(config, cache_dir)
+    loaded = _read(folder.resolve(), name, where, precision)
     # The adapter is injected into the module tree, so that every run needs a tree of its own.
     model: torch.nn.Module = copy.deepcopy(loaded.model)
     return Backbone(model.to(torch.device(device)), loaded.tokenizer, loaded.fingerprint, loaded.layout)
+
+
+def _located(config: ModelConfig, cache_dir: Path) -> tuple[Path, str, str]:
+    """Folder of a backbone in Hugging Face format, what the backbone is called, and what the config says of it."""
+    if config.path is not None:
+        path, where = Path(config.path), f"model.path={config.path}"
+        if path.suffix == ".gguf":
+            from dptune.models.gguf import load_gguf
+
+            return load_gguf(path, cache_dir), path.stem, where
+        return path, path.resolve().name, where
+    if config.repo is not None:
+        return _downloaded(config), config.repo, f"model.repo={config.repo}"
+    from dptune.models.tiny import RECIPES, load_tiny
+
+    folder = load_tiny(cache_dir, RECIPES[config.name], progress=lambda line: print(line, file=sys.stderr, flush=True))
+    return folder, folder.name, f"model={config.name}"
+
+
+def _downloaded(config: ModelConfig) -> Path:
+    """The pinned snapshot of a model on the Hub, downloaded if the Hub's own cache does not hold it."""
+    try:
+        folder = snapshot_download(
+            str(config.repo),
+            revision=config.revision,
+            # Weights that cannot run code, and what the tokenizer needs; subfolders hold other formats of the same.
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+            ignore_patterns=["*/*"],
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model.repo={config.repo} cannot be read from the Hub ({reason}); with network, set HF_HUB_OFFLINE=0; "
+            "without, give a folder in Hugging Face format or a .gguf file as model.path"
+        ) from None
+    return Path(folder)
 
 
 @torch.no_grad()
@@ -80,7 +110,7 @@ def check_device(name: str) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(folder: Path, precision: str) -> Backbone:
+def _read(folder: Path, name: str, where: str, precision: str) -> Backbone:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         architecture = architecture_of(AutoConfig.from_pretrained(folder, local_files_only=True))
@@ -94,26 +124,26 @@ def _read(folder: Path, precision: str) -> Backbone:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"model.path={folder} holds no language model with safetensors weights and a tokenizer: {reason}"
+            f"{where} holds no language model with safetensors weights and a tokenizer: {reason}"
         ) from None
     if report["missing_keys"]:
         raise ConfigError(
-            f"model.path={folder} has no weights for {sorted(report['missing_keys'])[0]}: it was saved without its "
+            f"{where} has no weights for {sorted(report['missing_keys'])[0]}: it was saved without its "
             "language-model head; take a checkpoint that has one"
         )
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.path={folder}: the tokenizer has no end-of-sequence token; set one in its config")
+        raise ConfigError(f"{where}: the tokenizer has no end-of-sequence token; set one in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if architecture == "encoder" and tokenizer.mask_token_id is None:
-        raise ConfigError(f"model.path={folder}: the tokenizer has no mask token, with which an encoder is asked")
+        raise ConfigError(f"{where}: the tokenizer has no mask token, with which an encoder is asked")
     # An adapter is made to be passed on: PEFT writes this name into it, and it must not be a path of this machine.
-    model.name_or_path = model.config._name_or_path = folder.name
+    model.name_or_path = model.config._name_or_path = name
     model.requires_grad_(False).eval()
     if architecture == "decoder" and not is_causal(model):
-        raise ConfigError(f"model.path={folder} reads ahead: an encoder cannot be trained as a causal language model")
+        raise ConfigError(f"{where} reads ahead: an encoder cannot be trained as a causal language model")
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
