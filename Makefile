@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup sweep status table tables figures claims report notebooks sample test test-all check format clean smollm2
+.PHONY: help setup sweep status table tables figures claims report notebooks sample test test-all check format clean smollm2 sync
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -45,6 +45,9 @@ claims: $(STAMP) ## What the records say of each claim
 
 report: $(STAMP) ## One self-contained page: report/report.html
 	@$(BIN)/dptune report compute.output_root=$(RECORDS) $(ARGS)
+
+sync: $(STAMP) ## Upload finished records to W&B, each once: make sync [ARGS="hyperparameter tracking.project=mine"]
+	@$(BIN)/dptune sync compute.output_root=$(RECORDS) $(ARGS)
 
 notebooks: $(STAMP) ## Run the notebooks of analysis/ into report/notebooks/*.html
 	@mkdir -p report/notebooks

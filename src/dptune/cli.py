@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             getattr(commands, argv[0])(argv[1:])
         elif argv[:1] == ["status"]:
             status(argv[1:])
+        elif argv[:1] == ["sync"]:
+            from dptune.sync import sync
+
+            sync(argv[1:])
         else:
             sys.argv = ["dptune", *argv]
             hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")(job)()

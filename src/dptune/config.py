@@ -354,7 +354,9 @@ class TrackingConfig:
     entity: str | None = None
     """W&B entity (null: the account's default)."""
     allow_private: bool = False
-    """Also mirror telemetry marked NON_PRIVATE."""
+    """Also mirror what no guarantee covers: telemetry marked NON_PRIVATE, times, and adapters that must not leave."""
+    upload_adapters: bool = True
+    """Upload the adapter of a finished run, where its data is public or its noise is secret."""
 
 
 @dataclass

@@ -47,6 +47,7 @@ from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records import (
+    ADAPTER_FOLDER,
     EVALUATION_FILE,
     HISTORY_FILE,
     Cost,
@@ -64,9 +65,7 @@ from dptune.training.loop import Step, train
 from dptune.training.projection import make_projection
 from dptune.training.ranks import Ranks, joined
 
-LOG_FILE, ADAPTER_FOLDER = "run.log", "adapter"
-
-LEDGER_FILE, CHECKPOINT_FOLDER = "ledger.jsonl", "checkpoint"
+LOG_FILE, LEDGER_FILE, CHECKPOINT_FOLDER = "run.log", "ledger.jsonl", "checkpoint"
 
 SKIPPED_FILE = "NON_PRIVATE_skipped.txt"
 """Bad records that `data.on_bad=skip` left out; not to be published."""

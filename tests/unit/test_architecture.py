@@ -24,9 +24,10 @@ ALLOWED = {
     "status": {"records", "lease", "sweep"},
     "report": {"config", "records", "sweep", "privacy"},
     "run": {"config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"},
-    "cli": {"config", "records", "sweep", "status", "run", "report"},
+    "sync": {"config", "records", "tracking", "report"},
+    "cli": {"config", "records", "sweep", "status", "run", "report", "sync"},
 }
-LIGHT = ["config", "records", "lease", "sweep", "status", "report"]
+LIGHT = ["config", "records", "lease", "sweep", "status", "report", "sync"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 
