@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup sweep status table tables figures claims report notebooks sample test test-all check format clean smollm2 sync
+.PHONY: help setup sweep status table tables figures claims report notebooks sample test test-all check format clean smollm2 sync workspace
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -48,6 +48,9 @@ report: $(STAMP) ## One self-contained page: report/report.html
 
 sync: $(STAMP) ## Upload finished records to W&B, each once: make sync [ARGS="hyperparameter tracking.project=mine"]
 	@$(BIN)/dptune sync compute.output_root=$(RECORDS) $(ARGS)
+
+workspace: $(STAMP) ## Make a W&B workspace of what was uploaded: make workspace ARGS="ENTITY/PROJECT [--dry-run]"
+	@$(BIN)/python analysis/workspace.py --records $(RECORDS) $(ARGS)
 
 notebooks: $(STAMP) ## Run the notebooks of analysis/ into report/notebooks/*.html
 	@mkdir -p report/notebooks
