@@ -389,7 +389,7 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-NOT_NUMBERS = ("report", "cli.py", "sweep.py", "status.py", "tracking.py", "lease.py")
+NOT_NUMBERS = ("report", "cli.py", "sweep.py", "status.py", "tracking.py", "lease.py", "sync.py")
 """Parts of the package that only look at runs, or decide when they are done."""
 
 

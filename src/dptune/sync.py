@@ -17,7 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dptune.config import ConfigError, TrackingConfig, strict
-from dptune.records import RECORD_FILE, RunFailed, claimed, read, write_atomically
+from dptune.lease import claimed
+from dptune.records import RECORD_FILE, RunFailed, read, write_atomically
 from dptune.report.commands import Request, selected, titled
 from dptune.report.render import to_csv
 from dptune.report.results import history
@@ -79,9 +80,9 @@ def tracking_of(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Tracki
 
 def upload(folder: Path, overrides: Sequence[str]) -> bool:
     """Upload the finished run in a folder; False when that was done before."""
-    with claimed(folder) as mine:
+    with claimed(folder) as claim:
         record = read(folder)
-        if not mine or record is None or record.status != "done":
+        if claim is None or record is None or record.status != "done":
             raise BlockingIOError("another process is doing it again, or uploading it")
         config = tracking_of(record.config["tracking"], overrides)
         shown = (file_hash(folder / RECORD_FILE), history(folder), config.allow_private, config.upload_adapters)

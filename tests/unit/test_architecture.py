@@ -24,7 +24,7 @@ ALLOWED = {
     "status": {"records", "lease", "sweep"},
     "report": {"config", "records", "sweep", "privacy"},
     "run": {"config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"},
-    "sync": {"config", "records", "tracking", "report"},
+    "sync": {"config", "records", "lease", "tracking", "report"},
     "cli": {"config", "records", "sweep", "status", "run", "report", "sync"},
 }
 LIGHT = ["config", "records", "lease", "sweep", "status", "report", "sync"]
