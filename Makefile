@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV   ?= .venv
-SWEEP  ?= hyperparameter
+SWEEP  ?= light
 ARGS   ?=
 RECORDS ?= outputs
 BIN    := $(VENV)/bin
@@ -24,14 +24,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-sweep: $(STAMP) ## Run a sweep and print its table: make sweep [SWEEP=hyperparameter] [ARGS="key=value ..."]
+sweep: $(STAMP) ## Run a sweep and print its table: make sweep [SWEEP=light] [ARGS="key=value ..."]
 	@status=0; $(BIN)/dptune -m sweeps=$(SWEEP) hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) $(ARGS) || status=$$?; \
 	 if [ $$status -ne 2 ]; then $(BIN)/dptune table $(SWEEP) $(ARGS) || status=$$?; fi; exit $$status
 
-status: $(STAMP) ## What is done, running, failed, missing: make status [SWEEP=hyperparameter]
+status: $(STAMP) ## What is done, running, failed, missing: make status [SWEEP=light]
 	@$(BIN)/dptune status $(SWEEP) $(ARGS)
 
-table: $(STAMP) ## Print the table of a sweep again: make table [SWEEP=hyperparameter]
+table: $(STAMP) ## Print the table of a sweep again: make table [SWEEP=light]
 	@$(BIN)/dptune table $(SWEEP) $(ARGS)
 
 tables: $(STAMP) ## All tables as Markdown, CSV, LaTeX and HTML: make tables [RECORDS=outputs] [ARGS="method=dptune"]

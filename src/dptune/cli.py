@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dptune.config import Config, ConfigError, strict, unknown_key
 from dptune.records import RecordError, RunFailed
-from dptune.sweep import ROOT
+from dptune.sweep import ROOT, names
 
 VIEWS = ("table", "tables", "figures", "claims", "report")
 """Views of the records: functions of dptune.report.commands."""
@@ -115,7 +115,10 @@ def in_one_line(error: Exception) -> str:
         r"Could not find '([^']+)'\s*Available options in '[^']+':\s*(.*?)(Config search|$)", text, re.S
     ):
         group, _, choice = match[1].rpartition("/")
-        return f"{group}={choice} does not exist; {group} can be: {', '.join(match[2].split())}"
+        choices = match[2].split()
+        if match[1].startswith("sweeps/"):
+            group, choice, choices = "sweeps", match[1].removeprefix("sweeps/"), names()
+        return f"{group}={choice} does not exist; {group} can be: {', '.join(choices)}"
     if text.startswith("Error merging override") and error.__cause__ is not None:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).partition(chr(10))[0]}"
     return " ".join(text.split())

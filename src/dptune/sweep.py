@@ -3,10 +3,15 @@
 A sweep file has, under `hydra.sweeper`, `common` (parameters of every run) and `axes`: a list of small grids that are
 joined, so that "each setting varied alone around a reference" is one file. Both use Hydra's sweep syntax
 (`"1,2,3"`, `range(...)`), and what the command line says of a parameter wins over the file.
+
+A file may be made of others: `include: [hyperparameter/rank, ...]` puts their runs behind its own. Each axis of an
+included file brings along what that file sets and its `common`; like any axis it wins over the `common` of the file
+that includes it. Runs that are the same in several files appear once, and belong to the sweep that was asked for.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +91,64 @@ def expand(
     return jobs
 
 
+def names() -> list[str]:
+    """All sweeps, those in folders as `folder/name`."""
+    folder = ROOT / "sweeps"
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def parts(name: str) -> list[str]:
+    """The sweeps that the sweep `name` consists of, if it does nothing but include others; else itself."""
+    sweeper = _file(name).get("hydra", {}).get("sweeper", {})
+    whole = sweeper.get("common") or sweeper.get("axes") or not sweeper.get("include")
+    return [name] if whole else [part for other in sweeper["include"] for part in parts(other)]
+
+
+def included(name: str) -> list[dict[str, Any]]:
+    """The axes of the sweep `name`, each with everything that its file says, as part of another sweep.
+
+    Raises:
+        ConfigError: when there is no such sweep, or it chooses groups in a way that cannot be joined with others.
+    """
+    content = _file(name)
+    if "defaults" in content:
+        raise ConfigError(f"sweeps={name} cannot be included: let `common` choose its groups instead of `defaults`")
+    sweeper = content.pop("hydra", {}).get("sweeper", {})
+    shared = {**_flat(content), **sweeper.get("common", {})}
+    shared.pop("sweep", None)
+    own = sweeper.get("axes") or ([] if sweeper.get("include") else [{}])
+    return [
+        {**shared, **axis}
+        for axis in (*own, *(axis for other in sweeper.get("include", ()) for axis in included(other)))
+    ]
+
+
+def _file(name: str) -> dict[str, Any]:
+    """A file of `sweeps/` as it is written."""
+    if name not in names():
+        raise ConfigError(f"sweeps={name} does not exist; sweeps can be: {', '.join(names())}")
+    content = OmegaConf.to_container(OmegaConf.load(ROOT / "sweeps" / f"{name}.yaml"))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree as dotted parameters, in override syntax."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value)
+    return flat
+
+
 def jobs_of(
     loader: ConfigLoader,
     master: DictConfig,
     common: Mapping[str, Any],
     axes: Sequence[Mapping[str, Any]],
+    include: Sequence[str],
     arguments: Sequence[str],
 ) -> list[Job]:
     """The runs of a sweep, each composed and checked; runs that are the same appear once.
@@ -100,7 +158,9 @@ def jobs_of(
     """
     jobs: dict[str, Job] = {}
     composed: dict[tuple[str, ...], DictConfig] = {}
-    for overrides, varied in expand(common, axes, arguments):
+    own = axes or ([] if include else [{}])
+    every = [*own, *(axis for name in include for axis in included(name))]
+    for overrides, varied in expand(common, every, arguments):
         config = strict(compose(loader, master, overrides, composed))
         identity = run_id(config)
         jobs.setdefault(identity, Job(identity, config, tuple(overrides), tuple(varied)))
@@ -146,4 +206,4 @@ def load(name: str, arguments: Sequence[str] = ()) -> list[Job]:
         assert isinstance(loader, ConfigLoaderImpl)
         master = loader.load_configuration("config", [f"sweeps={name}", *arguments], RunMode.MULTIRUN)
         sweeper = master.hydra.sweeper
-        return jobs_of(loader, master, sweeper.common, sweeper.axes, [f"sweeps={name}", *arguments])
+        return jobs_of(loader, master, sweeper.common, sweeper.axes, sweeper.include, [f"sweeps={name}", *arguments])

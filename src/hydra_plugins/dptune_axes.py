@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class AxesSweeperConf:
-    """`common` goes with every run, `axes` are grids that are joined; both in Hydra's sweep syntax."""
+    """`common` goes with every run, `axes` are grids that are joined; both in Hydra's sweep syntax.
+
+    `include` names sweeps whose runs are done, too.
+    """
 
     _target_: str = "hydra_plugins.dptune_axes.AxesSweeper"
     common: dict[str, Any] = field(default_factory=dict)
     axes: list[Any] = field(default_factory=list)
+    include: list[str] = field(default_factory=list)
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="axes", node=AxesSweeperConf, provider="dptune")
@@ -35,15 +39,15 @@ ConfigStore.instance().store(group="hydra/sweeper", name="axes", node=AxesSweepe
 class AxesSweeper(Sweeper):
     """Checks every run of a sweep, then hands those that are not finished to the launcher."""
 
-    def __init__(self, common: dict[str, Any], axes: Sequence[dict[str, Any]]) -> None:
-        self.common, self.axes = common, axes
+    def __init__(self, common: dict[str, Any], axes: Sequence[dict[str, Any]], include: Sequence[str]) -> None:
+        self.common, self.axes, self.include = common, axes, include
         self.jobs: Callable[[list[str]], list[Job]]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`."""
         from dptune.sweep import jobs_of
 
-        self.jobs = partial(jobs_of, hydra_context.config_loader, config, self.common, self.axes)
+        self.jobs = partial(jobs_of, hydra_context.config_loader, config, self.common, self.axes, self.include)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )

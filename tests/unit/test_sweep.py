@@ -1,12 +1,15 @@
+import dataclasses
+import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
 from dptune import sweep
 from dptune.config import EMBEDDED, Config, ConfigError, run_id, strict
-from dptune.sweep import ROOT, expand, load, without_hydra
+from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS
+from dptune.sweep import ROOT, expand, included, load, names, parts, without_hydra
 
-SWEEPS = sorted(str(path.relative_to(ROOT / "sweeps").with_suffix("")) for path in (ROOT / "sweeps").rglob("*.yaml"))
 FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
 HUB_MODELS = sorted(
     path.stem for path in (ROOT / "conf" / "model").glob("*.yaml") if path.stem not in (*EMBEDDED, "local")
@@ -38,14 +41,120 @@ def test_the_command_line_wins_over_the_file() -> None:
     assert jobs == [(["seed=7", "lr=0.3"], ["lr=0.3"]), (["seed=7", "lr=0.4"], ["lr=0.4"])]
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps_in_folders_are_found() -> None:
+    assert {"smoke", "hyperparameter/rank", "environment/seed", "data_sensitivity/fraction"} <= set(names())
+
+
+@pytest.mark.parametrize("name", names())
 def test_every_sweep_composes_and_says_how_many_runs_it_has(name: str) -> None:
     jobs = load(name)
-    header = (ROOT / "sweeps" / f"{name}.yaml").read_text().split("\ndefaults")[0]
-    assert f"Runs:         {len(jobs)}" in header
-    assert "Claim tested:" in header and f"make sweep SWEEP={name}" in header
+    claim, command, runs, time = header(name)
+    assert claim and time and int(runs) == len(jobs)
+    assert f"make sweep SWEEP={name}" in command
     assert len({job.run_id for job in jobs}) == len(jobs)
     assert all(job.config.sweep == name for job in jobs)
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_page_of_the_sweeps_says_what_their_headers_say(name: str) -> None:
+    claim, _, runs, time = header(name)
+    page = (ROOT / "sweeps" / "README.md").read_text()
+    assert f"| [{name}]({name}.yaml) | {claim} | {runs} | {time} |" in page.splitlines()
+
+
+def test_the_page_of_the_sweeps_has_no_other() -> None:
+    page = (ROOT / "sweeps" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| \[([^\]]+)\]", page, re.MULTILINE)) == names()
+
+
+def header(name: str) -> tuple[str, str, str, str]:
+    """Claim, up to its first colon or full stop; command; number of runs; time on two cores."""
+    lines = (ROOT / "sweeps" / f"{name}.yaml").read_text().splitlines()
+    comments = takewhile(lambda line: line.startswith("#"), lines[1:])
+    text = " ".join(" ".join(line.lstrip("#").split()) for line in comments)
+    found = re.fullmatch(
+        r"Claim tested: (.+?)[:.] .*?Command: (.+) Runs: (\d+)(?: \(.+?\))?, (.+) on two cores.*", text
+    )
+    assert found, f"sweeps/{name}.yaml: say Claim tested, Command, Runs and the time on two cores in this order"
+    return found[1], found[2], found[3], found[4]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for sweeps of one's own, with the groups of the real ones."""
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    (tmp_path / "sweeps" / "some").mkdir(parents=True)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    return tmp_path / "sweeps"
+
+
+def write(path: Path, body: str, sweeper: str) -> None:
+    name = path.parts[path.parts.index("sweeps") + 1 :]
+    head = f"# @package _global_\nsweep: {'/'.join(name).removesuffix('.yaml')}\n"
+    path.write_text(f"{head}{body}\nhydra: {{sweeper: {{{sweeper}}}}}\n")
+
+
+def test_a_sweep_may_be_made_of_others(folder: Path) -> None:
+    layers = "adapter: {target_modules: [v_proj, down_proj], top_layers: null}\ndata: {train_size: 900}"
+    write(
+        folder / "some" / "rank.yaml", layers, 'common: {environment.seed: "0,1"}, axes: [{}, {hyperparameter.rank: 2}]'
+    )
+    write(folder / "some" / "seed.yaml", "", 'axes: [{environment.seed: "0,5"}, {hyperparameter.rank: 9}]')
+    write(folder / "both.yaml", "", "axes: [{privacy: none}], include: [some/rank, some/seed]")
+    write(folder / "all.yaml", "", "include: [both, some/seed]")
+    write(folder / "set.yaml", "", "common: {hyperparameter.rank: 3, environment.seed: 7}, include: [some/seed]")
+
+    ids = {name: [job.run_id for job in load(name)] for name in names()}
+    assert ids["all"] == ids["both"] and ids["both"][1:] == ids["some/rank"] + ids["some/seed"]
+    assert {job.config.sweep for job in load("all")} == {"all"}
+    assert load("both")[1].config.adapter.target_modules == ["v_proj", "down_proj"]
+    assert included("some/seed") == [{"environment.seed": "0,5"}, {"hyperparameter.rank": 9}]
+
+    own = [(job.config.hyperparameter.rank, job.config.environment.seed) for job in load("set")]
+    assert own == [(3, 0), (3, 5), (9, 7)], "an axis of an included file wins over `common`"
+    told = [
+        (job.config.hyperparameter.rank, job.config.environment.seed) for job in load("set", ["environment.seed=1"])
+    ]
+    assert told == [(3, 1), (9, 1)], "the command line wins over all"
+
+    assert parts("all") == ["both", "some/seed"] and parts("both") == ["both"] and parts("some/rank") == ["some/rank"]
+
+
+def test_what_cannot_be_included_is_an_error(folder: Path) -> None:
+    write(folder / "groups.yaml", "defaults: [override /hyperparameter: smoke]", "axes: [{}]")
+    write(folder / "one.yaml", "", "include: [groups]")
+    write(folder / "two.yaml", "", "include: [some/nope]")
+    with pytest.raises(ConfigError, match="sweeps=groups cannot be included"):
+        load("one")
+    with pytest.raises(ConfigError, match="sweeps=some/nope does not exist; sweeps can be: groups, one, two"):
+        load("two")
+
+
+def test_the_reference_is_the_same_run_in_all_dimensions() -> None:
+    """Records of one dimension serve the others, so that claims compare under equal conditions."""
+    dimensions = ("hyperparameter/rank", "environment/sequence_length", "data_sensitivity/fraction", "tasks")
+    shared = set.intersection(*({job.run_id for job in load(name)} for name in dimensions))
+    assert len(shared) == 2 * 3, "uniform and adaptive noise, three seeds"
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("hyperparameter/learning_rate", "hyperparameter"),
+        ("environment/sequence_length", "environment"),
+        ("data_sensitivity/label_noise", "data_sensitivity"),
+    ],
+)
+def test_a_claim_about_stability_finds_its_conditions(name: str, field: str) -> None:
+    conditions: dict[str, dict[str, set[int]]] = {"uniform": {}, "adaptive": {}}
+    for job in load(name, ["privacy.target_epsilon=8"] if name.endswith("rate") else []):
+        if job.config.privacy.enabled:
+            group = dataclasses.asdict(getattr(job.config, field)) | {"seed": None}
+            seeds = conditions[job.config.privacy.name].setdefault(repr(group), set())
+            seeds.add(job.config.environment.seed)
+    assert conditions["uniform"] == conditions["adaptive"]
+    assert len(conditions["adaptive"]) >= FEWEST_CONDITIONS
+    assert all(len(seeds) >= FEWEST_SEEDS for seeds in conditions["adaptive"].values())
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dptune.config import ConfigError
-from dptune.report.render import markdown, write
+from dptune.report.render import file_name, markdown, write
 from dptune.report.results import HOW_TO_MAKE_SOME, Results, filtered, load, of_sweep
 from dptune.report.tables import Table, comparison_table, cost_table, main_table, run_table, task_table
 
@@ -69,15 +69,20 @@ def all_tables(name: str, results: Results) -> list[Table]:
 
 
 def selected(request: Request) -> Iterator[tuple[str, Results]]:
-    """The runs that are asked for, a sweep at a time; a sweep that is named with all that it asks for."""
+    """The runs that are asked for, a sweep at a time; a sweep that is named with all that it asks for.
+
+    A sweep that does nothing but include others is shown as these, one by one.
+    """
     if request.sweep is None:
         yield from by_sweep(everything(request))
         return
     from dptune.sweep import load as jobs_of
+    from dptune.sweep import parts
 
     found = load(request.root)
     warn(found)
-    yield request.sweep, of_sweep(request.sweep, jobs_of(request.sweep, request.filters), found)
+    for part in parts(request.sweep):
+        yield part, of_sweep(part, jobs_of(part, request.filters), found)
 
 
 def everything(request: Request) -> Results:
@@ -147,8 +152,8 @@ def figures(arguments: Sequence[str]) -> None:
 
     request = Request.of(arguments)
     for name, results in selected(request):
-        written = save(all_figures(results), request.to / "figures" / name)
-        print(f"{titled(name)}: {len(written) // 2} figures in {request.to / 'figures' / name}")
+        folder = request.to / "figures" / file_name(name)
+        print(f"{titled(name)}: {len(save(all_figures(results), folder)) // 2} figures in {folder}")
 
 
 def report(arguments: Sequence[str]) -> None:

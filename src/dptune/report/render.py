@@ -82,12 +82,18 @@ def to_latex(table: Table) -> str:
 
 
 def write(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Each table as CSV, LaTeX and HTML, below `folder`."""
+    """Each table as CSV, LaTeX and HTML, below `folder`; a `/` in its name is a `-` in those of its files."""
     written = []
     for table in tables:
+        name = file_name(table.name)
         for suffix, text in ((".csv", to_csv(table)), (".tex", to_latex(table)), (".html", to_html(table))):
-            written.append(write_atomically(folder / f"{table.name}{suffix}", text))
+            written.append(write_atomically(folder / f"{name}{suffix}", text))
     return written
+
+
+def file_name(name: str) -> str:
+    """The name of a sweep or a table as that of a file: sweeps in folders have a `/`."""
+    return name.replace("/", "-")
 
 
 def _text(cell: Cell | None) -> str:

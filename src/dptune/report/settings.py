@@ -140,8 +140,14 @@ def mixed(settings: Iterable[Setting]) -> list[str]:
     private = [item for item in settings if item.private and item.done]
     notes = []
     for column in ("privacy.delta", "privacy.unit", "privacy.noise_mode", "provenance.data"):
-        values = sorted({str(item.value(column)) for item in private})
-        if len(values) > 1:
+        # Conditions of the data are compared, which is what they are for; within one the data must be the same.
+        strata: dict[tuple[str, ...], set[str]] = {}
+        for item in private:
+            names = [name for name in item.columns if name.startswith("config.data_sensitivity.")]
+            condition = tuple(repr(item.value(name)) for name in names if column == "provenance.data")
+            strata.setdefault(condition, set()).add(str(item.value(column)))
+        values = sorted(value for stratum in strata.values() if len(stratum) > 1 for value in stratum)
+        if values:
             notes.append(
                 f"Rows differ in {COMPARABLE[column]} ({', '.join(values)}): they are never averaged, and no "
                 "difference between such rows is stated."

@@ -223,8 +223,14 @@ def floor_row(results: Results) -> dict[str, Cell]:
     if "zero_shot.accuracy" not in done or not done["zero_shot.accuracy"].notna().any():
         return {**row, "accuracy": Cell("not measured")}
     known = done[done["zero_shot.accuracy"].notna()]
-    if known["zero_shot.accuracy"].nunique() > 1:
-        return {**row, "accuracy": Cell(f"differs between runs ({known['zero_shot.accuracy'].nunique()} values)")}
+    if (different := known["zero_shot.accuracy"].nunique()) > 1:
+        # Another backbone, precision, sequence length or test split has another floor.
+        common = known["zero_shot.accuracy"].mode().iloc[0]
+        same = known["zero_shot.accuracy"] == common
+        if 2 * same.sum() <= len(known):
+            return {**row, "accuracy": Cell(f"differs between runs ({different} values)")}
+        row["setting"] = Cell(f"zero-shot (floor of {same.sum()} of {len(known)} runs)")
+        known = known[same]
     first = known.iloc[0]
     accuracy = share_of_one_run(float(first["zero_shot.accuracy"]), int(first["zero_shot.n"]))
     tasks = [float(value) for key, value in first.items() if _is_task(str(key), "zero_shot.") and value == value]
@@ -442,7 +448,9 @@ def notes(results: Results, settings: Sequence[Setting], found: Sequence[Procedu
     """What a reader must know to read the main table."""
     lines = [INTERVALS] if len(results.done) else []
     if compared:
-        lines.append("Difference “to k”: to row k, by seed, on the same data and test items.")
+        lines.append(
+            "Difference “to k”: to row k, by seed, on the same data and test items but for a condition of the data."
+        )
     without = sum(run_id not in results.tasks for run_id in results.done["run_id"]) if len(results.runs) else 0
     if without:
         lines.append(f"{without} runs are shown without their judged items: those intervals are over seeds only.")
