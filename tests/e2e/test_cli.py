@@ -46,6 +46,7 @@ def dptune(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
         ),
         (["model.path=."], "model.path=. is no model"),
         (["table", "nope"], "sweeps=nope does not exist"),
+        (["-m", "sweeps=environment/nope"], "sweeps=environment/nope does not exist; sweeps can be: allocation, "),
     ],
 )
 def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(

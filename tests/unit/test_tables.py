@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from report.planted import PLAN, TASKS
 
+from dptune import sweep
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.selection import epsilon_all
 from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord, read
+from dptune.report.commands import figures, table, tables
 from dptune.report.render import great, markdown, to_csv, to_latex, write
 from dptune.report.results import Results, load, of_sweep
 from dptune.report.tables import comparison_table, cost_table, main_table, run_table, task_table
@@ -16,7 +18,7 @@ from dptune.sweep import Job
 from dptune.sweep import load as jobs_of
 
 
-def finish(job: Job, accuracy: float, root: Path) -> None:
+def finish(job: Job, accuracy: float, root: Path, sweep: str = "smoke") -> None:
     private = job.config.privacy.enabled
     metrics = Metrics(accuracy, {"a": accuracy, "b": accuracy - 0.1}, "b", 0.05, accuracy, 1.2, 60, 60, TASKS)
     floor = dataclasses.replace(metrics, accuracy=0.2, accuracy_by_task={"a": 0.2, "b": 0.2})
@@ -27,7 +29,7 @@ def finish(job: Job, accuracy: float, root: Path) -> None:
         run_id=job.run_id,
         status="done",
         config=dataclasses.asdict(job.config),
-        sweep="smoke",
+        sweep=sweep,
         metrics=metrics,
         zero_shot=floor,
         privacy=guarantee if private else Privacy(False),
@@ -197,6 +199,61 @@ def everything(root: Path) -> Results:
     for job in smoke(root):
         finish(job, 0.8 + 0.1 * job.config.environment.seed, root)
     return load(root)
+
+
+def test_a_table_of_all_dimensions_names_its_rows_floor_and_ceiling(tmp_path: Path) -> None:
+    axes = ["privacy=adaptive", "data_sensitivity=clean,label_noise,unseen_instructions", "environment.seed=0,1"]
+    jobs = smoke(tmp_path, *axes) + smoke(tmp_path, "privacy=adaptive", "privacy.target_epsilon=1,2")
+    jobs += smoke(tmp_path, "privacy=none", "environment.seed=0,1")
+    for at, job in enumerate(jobs):
+        finish(job, 0.7 + 0.001 * at, tmp_path)
+        record = read(tmp_path / job.run_id)
+        assert record is not None and record.zero_shot is not None
+        record.provenance["data"] = condition = job.config.data_sensitivity.name
+        if condition == "unseen_instructions":
+            record.zero_shot.accuracy = 0.1
+        record.write(tmp_path / job.run_id)
+    lines = shown(tmp_path, jobs).splitlines()
+    assert "| zero-shot (floor of 10 of 12 runs) | 0.200 [" in lines[4]
+    names = [line.split(" | ")[1] for line in lines[5:11]]
+    assert names[0] == "reference" and names[-1] == "privacy=none (ceiling)"
+    assert {"data_sensitivity=label_noise", "data_sensitivity=unseen_instructions", "target_epsilon=1"} <= set(names)
+    # Conditions of the data are compared, so that it would be wrong to say that they are not.
+    assert "to 1 |" in lines[6] and not any("no difference" in line for line in lines)
+
+
+def test_a_sweep_of_a_folder_is_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, seed = "environment/sequence_length", "environment.seed=0"
+    for job in jobs_of(name, [f"compute.output_root={tmp_path}", seed]):
+        finish(job, 0.8, tmp_path, name)
+    to = tmp_path / "report"
+    request = [name, seed, f"compute.output_root={tmp_path}", f"to={to}"]
+    tables(request)
+    figures(request)
+    said = capsys.readouterr().out
+    assert "Sweep environment/sequence_length: 8 of 8 runs done" in said
+    assert (to / "tables" / "environment-sequence_length-tasks.csv").is_file()
+    assert list((to / "figures" / "environment-sequence_length").glob("*.svg"))
+
+
+def test_a_sweep_that_includes_others_is_shown_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf").symlink_to(sweep.ROOT / "conf")
+    (tmp_path / "sweeps").mkdir()
+    for name, content in {
+        "rank": 'axes: [{hyperparameter.rank: "1,2"}]',
+        "seed": 'axes: [{environment.seed: "0,1,2"}]',
+        "all": "include: [rank, seed]",
+    }.items():
+        text = f"# @package _global_\nsweep: {name}\nhydra: {{sweeper: {{{content}}}}}\n"
+        (tmp_path / "sweeps" / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    for job in jobs_of("all", [f"compute.output_root={tmp_path}"]):
+        finish(job, 0.8, tmp_path, "all")
+    table(["all", f"compute.output_root={tmp_path}"])
+    said = capsys.readouterr().out
+    assert said.index("Sweep rank: 2 of 2 runs done") < said.index("Sweep seed: 3 of 3 runs done")
 
 
 def test_every_number_leads_to_its_runs(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SEED, HYPERPARAMETER = "config.environment.seed", "config.hyperparameter."
 STEPS = f"{HYPERPARAMETER}steps"
+TARGET = "config.privacy.target_epsilon"
 NOT_SETTING = ("config.compute.", "config.tracking.", "config.method", "config.sweep", SEED)
 """Parts of the config that do not set runs apart: they cannot change numbers, or are what is averaged over."""
 NOT_METHOD = ("config.adapter.", "config.privacy.", *NOT_SETTING)
@@ -229,12 +230,14 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
     labels = []
     for at, part in enumerate(parts):
         words = [methods[at]] if methods[at] and len(set(methods)) > 1 else []
-        # Without a step, how it would have been trained says nothing.
+        # Without a step, how it would have been trained says nothing; nor does a target that is none.
         idle = STEPS in columns and columns[STEPS][part[0]] == 0
         words += [
             f"{name.removeprefix('config.').removesuffix('.name').rpartition('.')[2]}={_said(columns[name][part[0]])}"
             for name in shown
-            if content[name][at] != common[name] and not (idle and name.startswith(HYPERPARAMETER) and name != STEPS)
+            if content[name][at] != common[name]
+            and not (idle and name.startswith(HYPERPARAMETER) and name != STEPS)
+            and not (name == TARGET and columns[name][part[0]] is None)
         ]
         label = ", ".join(words) or "reference"
         labels.append(label + (" (stale)" if columns["state"][part[0]] == STALE else ""))
@@ -244,7 +247,7 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
 def _settled(name: str, content: Mapping[str, Sequence[str]]) -> bool:
     """Whether a column is a function of the method, or of the name of its group."""
     group, values = name.split(".")[1], content[name]
-    if name == "config.privacy.target_epsilon":
+    if name == TARGET:
         # Without privacy there is no target: what matters is whether private settings have several.
         return len({value for value in values if value != "None"}) <= 1
     causes = ["method"] if group in ("adapter", "privacy") and len(set(content["method"])) > 1 else []
