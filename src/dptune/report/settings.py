@@ -228,6 +228,7 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
     shown = [name for name in varied if not _settled(name, content)]
     common = {name: _majority(content[name]) for name in shown}
     labels = []
+    # Without privacy there is no target, which needs no words.
     for at, part in enumerate(parts):
         words = [methods[at]] if methods[at] and len(set(methods)) > 1 else []
         # Without a step, how it would have been trained says nothing; nor does a target that is none.
