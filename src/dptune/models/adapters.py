@@ -14,6 +14,7 @@ from dptune.config import AdapterConfig, ConfigError
 from dptune.models import own_adapters, peft_adapters
 from dptune.models.layers import ARCHITECTURES, architecture_of, check_rows_are_independent
 from dptune.models.pst import prune, pst
+from dptune.models.quantization import refuse_merging, rounded_layers
 from dptune.records import Parameters
 
 __all__ = [
@@ -61,6 +62,8 @@ class AdapterKind:
     """Whether only `top_layers` does."""
     own_weights: bool = False
     """Whether it trains the backbone's own parameters, which must be float32 then."""
+    changes_matrices: bool = False
+    """Whether it trains or prunes the matrices of linear layers, which must not be rounded then."""
 
 
 KINDS: Mapping[str, AdapterKind] = {
@@ -86,8 +89,14 @@ KINDS: Mapping[str, AdapterKind] = {
     "ln_tuning": AdapterKind(peft_adapters.ln_tuning, FUNCTIONAL, own_weights=True),
     "head": AdapterKind(own_adapters.head, HOOKS, placed=False, own_weights=True),
     # T5's relative_attention_bias is looked up once for a whole batch.
-    "full": AdapterKind(own_adapters.full, {**FUNCTIONAL, "encoder_decoder": "loop"}, top_only=True, own_weights=True),
-    "pst": AdapterKind(pst, FUNCTIONAL, after_step=prune),
+    "full": AdapterKind(
+        own_adapters.full,
+        {**FUNCTIONAL, "encoder_decoder": "loop"},
+        top_only=True,
+        own_weights=True,
+        changes_matrices=True,
+    ),
+    "pst": AdapterKind(pst, FUNCTIONAL, after_step=prune, changes_matrices=True),
 }
 """Every choice of `adapter.name`."""
 
@@ -122,6 +131,7 @@ def attach(model: torch.nn.Module, config: AdapterConfig, *, rank: int, steps: i
         adapted = kind.attach(model.requires_grad_(False), config, rank, steps)
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.float()
+    refuse_merging(adapted)
     adapted.attached = Attached(config, rank, steps)  # type: ignore[assignment]  # not a submodule
     set_modes(adapted)
     return adapted
@@ -157,13 +167,14 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def count(model: torch.nn.Module) -> Parameters:
-    """Exact counts, of groups such as `lora_A` or `bias`, too; a tied parameter counts once."""
+    """Exact counts, of groups such as `lora_A` or `bias`, too; a tied parameter counts once, a rounded one as any."""
     groups: dict[str, int] = {}
     for name, parameter in trainable(model).items():
         parts = [part for part in name.split(".") if part not in ("weight", "default") and not part.isdigit()]
         groups[parts[-1]] = groups.get(parts[-1], 0) + parameter.numel()
     return Parameters(
-        total=sum(parameter.numel() for parameter in model.parameters()),
+        total=sum(parameter.numel() for parameter in model.parameters())
+        + sum(layer.shape.numel() for layer in rounded_layers(model).values()),
         trainable=sum(groups.values()),
         groups=groups,
     )
@@ -209,6 +220,7 @@ def load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         own_adapters.restore(adapted, folder)
     else:
         adapted = peft_adapters.load(model, folder)
+        refuse_merging(adapted)
     return adapted.eval()
 
 
@@ -229,6 +241,12 @@ def _check_fields(kind: AdapterKind, config: AdapterConfig, model: torch.nn.Modu
         raise ConfigError(f"adapter.target_modules has no meaning for adapter={config.name}; leave it null")
     if config.top_layers is not None and not kind.placed:
         raise ConfigError(f"adapter.top_layers has no meaning for adapter={config.name}; leave it null")
+    if kind.changes_matrices and (rounded := rounded_layers(model)):
+        name, layer = next(iter(rounded.items()))
+        raise ConfigError(
+            f"adapter={config.name} changes the backbone's own matrices, and that of {name} is rounded to "
+            f"{layer.quantization}; set environment.backbone_quantization=none, or choose adapter=lora"
+        )
     low = next((name for name, value in model.named_parameters() if value.dtype != torch.float32), None)
     if kind.own_weights and low is not None:
         raise ConfigError(

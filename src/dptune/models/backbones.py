@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from dptune.config import ConfigError, ModelConfig
 from dptune.data.batches import Architecture, Layout
+from dptune.models.quantization import quantize
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class Backbone:
     """How it reads an example."""
 
 
-def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -> Backbone:
+def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path, quantization: str = "none") -> Backbone:
     """A fresh copy of a frozen backbone in evaluation mode; the files are read once per process.
+
+    `quantization` is `none` or what the weights of its linear layers are rounded to, a key of `quantization.FORMATS`.
 
     Raises:
         ConfigError: when there is no language model with a tokenizer at the place given, or the device does not exist.
@@ -50,7 +53,7 @@ def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path) -
     check_device(device)
     transformers_logging.disable_progress_bar()
     folder, name, where = _located(config, cache_dir)
-    loaded = _read(folder.resolve(), name, where, precision)
+    loaded = _read(folder.resolve(), name, where, precision, quantization)
     # The adapter is injected into the module tree, so that every run needs a tree of its own.
     model: torch.nn.Module = copy.deepcopy(loaded.model)
     return Backbone(model.to(torch.device(device)), loaded.tokenizer, loaded.fingerprint, loaded.layout)
@@ -110,7 +113,7 @@ def check_device(name: str) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(folder: Path, name: str, where: str, precision: str) -> Backbone:
+def _read(folder: Path, name: str, where: str, precision: str, quantization: str) -> Backbone:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         architecture = architecture_of(AutoConfig.from_pretrained(folder, local_files_only=True))
@@ -144,6 +147,7 @@ def _read(folder: Path, name: str, where: str, precision: str) -> Backbone:
     model.requires_grad_(False).eval()
     if architecture == "decoder" and not is_causal(model):
         raise ConfigError(f"{where} reads ahead: an encoder cannot be trained as a causal language model")
+    quantize(model, quantization)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

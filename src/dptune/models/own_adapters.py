@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,8 @@ class Bottleneck(torch.nn.Module):
 
     def __init__(self, base_layer: torch.nn.Module, width: int, bottleneck: int, activation: torch.nn.Module) -> None:
         super().__init__()
-        device = next(base_layer.parameters()).device
+        # A rounded layer without a bias has no parameters.
+        device = next(itertools.chain(base_layer.parameters(), base_layer.buffers())).device
         self.base_layer: Any = base_layer
         self.adapter_down = torch.nn.Linear(width, bottleneck, device=device)
         self.adapter_up = torch.nn.Linear(bottleneck, width, device=device)
