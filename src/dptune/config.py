@@ -300,6 +300,15 @@ class EnvironmentConfig:
     """Shrinkage of released gradients towards zero before the optimizer. Free post-processing."""
     precision: str = _one_of("float32", "bfloat16")
     """Number format of the frozen backbone; adapters, norms and sums keep theirs."""
+    backbone_quantization: str = _one_of("none", "int8", "nf4")
+    """The weights of the frozen linear layers, but for the output head, are rounded once: to 8 bits with a scale for
+    each output, or to 4-bit NormalFloat with a scale for each 64 weights (arXiv:2305.14314). What is computed with them
+    is in `precision`. Saves memory, not time."""
+    batch_shape: str = _one_of("auto", "fixed")
+    """`fixed`: every physical batch has `compute.physical_batch_size` rows and room for `sequence_length` tokens, so
+    that a row's gradient is the same to the last bit whatever the other rows are, which is checked before training.
+    `auto`: fixed for a private run whose backbone is not in float32, where the rounding of other rows' gradients would
+    otherwise break the guarantee (SPECIFICATION.md 10.3); else as long as the longest row, which is faster."""
     sequence_length: int = _number(96, least=8)
     """Longest example in tokens; the prompt is cut from the left, a public rule."""
     engine: str = _one_of("auto", "hooks", "functional", "opacus", "loop")
@@ -464,6 +473,12 @@ def noise_mode(config: Config) -> Literal["reproducible", "secure"]:
     return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
 
 
+def has_fixed_batches(config: Config) -> bool:
+    """Whether every physical batch has one public shape."""
+    reduced = config.environment.precision != "float32"
+    return config.environment.batch_shape == "fixed" or (config.privacy.enabled and reduced)
+
+
 def is_public(data: DataConfig) -> bool:
     """Whether the records are a public stand-in for private ones."""
     return data.name == SUPPORTDESK if data.public is None else data.public
@@ -566,11 +581,6 @@ def _check_together(config: Config) -> None:
     elif (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
         raise ConfigError(
             "give exactly one of privacy.target_epsilon and privacy.noise_multiplier (set the other to null)"
-        )
-    if privacy.enabled and config.environment.precision != "float32":
-        raise ConfigError(
-            f"environment.precision={config.environment.precision} with privacy: one example's rounding would depend on"
-            " its batch mates by more than the clipping margin; use environment.precision=float32, or privacy=none"
         )
     if (privacy.projection == "private") != (privacy.projection_noise_multiplier is not None):
         raise ConfigError(

@@ -26,8 +26,8 @@ import torch
 from omegaconf import OmegaConf
 
 from dptune import evaluation, tracking
-from dptune.config import Config, ConfigError, noise_mode, run_id
-from dptune.data.batches import collate, example_losses
+from dptune.config import Config, ConfigError, has_fixed_batches, noise_mode, run_id
+from dptune.data.batches import Layout, collate, example_losses
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
 from dptune.data.sources import Dataset
@@ -39,6 +39,7 @@ from dptune.models.backbones import Backbone
 from dptune.models.state import AdapterState
 from dptune.privacy.accounting import Reported, rounded_up
 from dptune.privacy.allocation import lora_group_weights
+from dptune.privacy.batch_shape import fixed_shape_engine
 from dptune.privacy.engines import checked_engine
 from dptune.privacy.events import Event
 from dptune.privacy.gradients import Engine
@@ -300,6 +301,7 @@ def load_backbone(config: Config) -> Backbone:
         precision=config.environment.precision,
         device=config.compute.device,
         cache_dir=Path(config.compute.cache_dir),
+        quantization=config.environment.backbone_quantization,
     )
 
 
@@ -466,6 +468,7 @@ def fit(
     template = config.data.template
     rows = training_rows(prepared, sequence_length, template)
     parameters = adapters.trainable(model)
+    layout = training_layout(config, prepared)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
     sampler = plan.sampler(keys, users=[example.user for example in data.train])
     engine = make_engine(config, prepared)
@@ -488,7 +491,7 @@ def fit(
         engine=engine,
         private_rows=[rows[row] for row in sampler.all_rows.tolist()],
         public_rows=public_rows,
-        layout=prepared.backbone.layout,
+        layout=layout,
         stored=start.state["projection"] if start else None,
     )
     mechanism = plan.mechanism(projection.groups, keys)
@@ -532,7 +535,7 @@ def fit(
             projection=projection,
             hyperparameter=config.hyperparameter,
             environment=config.environment,
-            layout=prepared.backbone.layout,
+            layout=layout,
             physical_batch_size=config.compute.physical_batch_size,
             before_step=before_step,
             after_step=lambda step, released: adapters.after_step(model, step, released),
@@ -573,24 +576,51 @@ def training_rows(prepared: Prepared, sequence_length: int, template: str) -> li
 _training_rows: dict[tuple[str, str, int, str], list[Encoded]] = {}
 
 
+def training_layout(config: Config, prepared: Prepared) -> Layout:
+    """How training reads an example: in batches of one public shape where that is asked for or needed."""
+    length = config.environment.sequence_length if has_fixed_batches(config) else None
+    return dataclasses.replace(prepared.backbone.layout, length=length)
+
+
 def make_engine(config: Config, prepared: Prepared) -> Engine:
-    """The engine of per-example gradients, compared with the loop on made-up records: the check needs no data."""
-    rows, changed = (made_up_rows(len(prepared.backbone.tokenizer), other) for other in (False, True))
+    """The engine of per-example gradients, checked on made-up records: the check needs no data."""
+    vocabulary, size = len(prepared.backbone.tokenizer), config.compute.physical_batch_size
+    few = (7, 9, 5)
 
-    def batch(records: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        return collate(records, prepared.backbone.layout, config.compute.device)
+    def batch(records: Sequence[Encoded], layout: Layout) -> dict[str, torch.Tensor]:
+        return collate(records, layout, config.compute.device)
 
-    return checked_engine(
-        prepared.engine, prepared.model, example_losses, [batch([row]) for row in rows], batch(rows), batch(changed)
+    rows = made_up_rows(vocabulary, few)
+    changed = [*rows[:-1], made_up_rows(vocabulary, few, shift=101)[-1]]
+    alone, plain = [[row] for row in rows], prepared.backbone.layout
+    engine = checked_engine(
+        prepared.engine,
+        prepared.model,
+        example_losses,
+        [batch(row, plain) for row in alone],
+        batch(rows, plain),
+        batch(changed, plain),
+    )
+    layout = training_layout(config, prepared)
+    if layout.length is None:
+        return engine
+    longest, shortest = layout.length, 5
+    # Long rows at odd places, and others between them: replaced by `others`, all are long, or none is.
+    lengths = [longest if row % 2 else shortest + 7 * row % (longest - shortest) for row in range(size)]
+    others = [shortest if row % 2 else longest for row in range(size)]
+    return fixed_shape_engine(
+        engine,
+        prepared.model,
+        batch(made_up_rows(vocabulary, lengths), layout),
+        batch(made_up_rows(vocabulary, others, shift=101), layout),
     )
 
 
-def made_up_rows(vocabulary: int, other: bool) -> list[Encoded]:
-    """Three rows of made-up tokens, five to nine each; with `other` the last one has other tokens."""
-    lengths, responses, shift = (7, 9, 5), (2, 3, 2), (0, 0, 101 if other else 0)
+def made_up_rows(vocabulary: int, lengths: Sequence[int], shift: int = 0) -> list[Encoded]:
+    """Rows of made-up tokens, two or three of them the response; another `shift` makes other tokens."""
     return [
-        Encoded(tuple((31 * row + 17 * at + shift[row]) % vocabulary for at in range(lengths[row])), responses[row])
-        for row in range(3)
+        Encoded(tuple((31 * row + 17 * at + shift) % vocabulary for at in range(length)), 2 + row % 2)
+        for row, length in enumerate(lengths)
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -17,9 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from dptune import records, run
 from dptune.config import Config, ConfigError, run_id
+from dptune.data.batches import collate, physical_batches
+from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import load
 from dptune.evaluation import judge, summarise
-from dptune.models import backbones
+from dptune.models import adapters, backbones
 from dptune.privacy.plan import PrivacyPlan
 
 
@@ -338,6 +341,92 @@ def test_a_non_private_run_may_have_a_bfloat16_backbone(config: Config) -> None:
     assert record.status == "done", record.error
     dtypes = {value.dtype for value in weights(Path(config.compute.output_root) / record.run_id).values()}
     assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_private_run_with_a_bfloat16_backbone(config: Config, quantization: str) -> None:
+    config.environment.precision, config.environment.backbone_quantization = "bfloat16", quantization
+    config.environment.sequence_length, config.compute.physical_batch_size = 48, 7
+    record = run.run(config)
+    assert record.status == "done" and record.privacy is not None, record.error
+    assert record.privacy.private and record.privacy.epsilon <= 8
+    dtypes = {value.dtype for value in weights(Path(config.compute.output_root) / record.run_id).values()}
+    assert dtypes == {torch.float32}
+
+
+def test_a_record_that_is_taken_out_changes_no_bit_of_the_others_gradients(config: Config) -> None:
+    """As a private run in bfloat16 would compute them: its engine, its layout, its physical batches."""
+    config.environment.precision, config.environment.sequence_length = "bfloat16", 48
+    config.compute.physical_batch_size = 8
+    prepared = run.prepare(config, "one")
+    adapters.set_modes(prepared.model)
+    engine, layout = run.make_engine(config, prepared), run.training_layout(config, prepared)
+    rows = list(enumerate(encode_examples(prepared.data.train[:30], prepared.backbone.tokenizer, 48)))
+
+    def gradients(some: list[tuple[int, Encoded]]) -> dict[int, list[torch.Tensor]]:
+        found = {}
+        for piece in physical_batches([row for _, row in some], np.arange(len(some)), 8):
+            part = engine(collate([some[at][1] for at in piece], layout))[1]
+            found |= {some[at][0]: [value[i] for value in part.values()] for i, at in enumerate(piece.tolist())}
+        return found
+
+    everyone = gradients(rows)
+    for out in (0, 11, 29):
+        others = gradients(rows[:out] + rows[out + 1 :])
+        assert others.keys() == everyone.keys() - {out}
+        assert all(
+            torch.equal(value, whole)
+            for key, values in others.items()
+            for value, whole in zip(values, everyone[key], strict=True)
+        )
+
+
+def test_a_gradient_that_depends_on_its_place_is_found_before_anything_is_spent(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dptune.privacy import engines
+
+    class Placed(engines.HookEngine):
+        def __call__(self, batch):
+            losses, found = super().__call__(batch)
+            scale = 1 + 1e-6 * torch.arange(len(losses)).reshape(-1, 1, 1)
+            return losses, {name: value * scale for name, value in found.items()}
+
+    monkeypatch.setitem(engines.ENGINES, "hooks", Placed)
+    assert run.run(config).status == "done"  # in float32 that is inside the margin
+    config.environment.precision = "bfloat16"
+    record = run.run(config)
+    assert record.status == "failed" and record.error is not None
+    assert "depend on a row's place in its batch; set compute.physical_batch_size=1" in record.error
+    folder = Path(config.compute.output_root) / record.run_id
+    assert not (folder / "ledger.jsonl").exists() and not (folder / "history.jsonl").exists()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_an_adapter_of_a_rounded_backbone_opens_with_the_recorded_accuracy(config: Config, quantization: str) -> None:
+    config.environment.backbone_quantization = quantization
+    config.privacy.enabled, config.privacy.target_epsilon = False, None
+    config.hyperparameter.learning_rate = 0.1
+    record = run.run(config)
+    assert record.status == "done" and record.metrics is not None, record.error
+    backbone = run.load_backbone(config)
+    assert record.provenance["backbone"] == backbone.fingerprint
+    model = adapters.load(backbone.model, Path(config.compute.output_root) / record.run_id / "adapter")
+    data = load(config)
+    seen = {example.input for example in data.train}
+    found = judge(model, backbone.tokenizer, data.test, seen, layout=backbone.layout, sequence_length=96, batch_size=16)
+    metrics = summarise(found)
+    assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
+    assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
+    config.environment.backbone_quantization = "none"
+    assert run.load_backbone(config).fingerprint != backbone.fingerprint
+
+
+def test_an_adapter_that_changes_rounded_weights_is_refused_before_anything_is_written(config: Config) -> None:
+    config.adapter.name, config.environment.backbone_quantization = "full", "nf4"
+    with pytest.raises(ConfigError, match="adapter=full changes .* is rounded to nf4; set environment.backbone_quant"):
+        run.run(config)
+    assert not Path(config.compute.output_root).exists()
 
 
 @pytest.mark.parametrize("device", ["cuda:63", "abacus"])

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dptune.config import Config, ConfigError, noise_mode, run_id, strict
+from dptune.config import Config, ConfigError, has_fixed_batches, noise_mode, run_id, strict
 
 
 def tree(*overrides: str):
@@ -43,7 +43,7 @@ def test_the_defaults_are_a_config() -> None:
         ("data={tasks: [intent], task_weights: [0]}", "data.task_weights must be above 0"),
         ("data_sensitivity.class_imbalance=0.5", "data_sensitivity.class_imbalance=0.5 must be at least 1"),
         ("privacy.projection=private", "paid for with privacy.projection_noise_multiplier"),
-        ("environment.precision=bfloat16", "bfloat16 with privacy: one example's rounding"),
+        ("environment.backbone_quantization=int4", "int4 is not one of none, int8, nf4"),
         ("model.name=local", "model=local needs model.path"),
         ("model.path=nowhere", "model.path=nowhere is no model"),
     ],
@@ -52,6 +52,20 @@ def test_a_wrong_config_is_one_line_that_names_the_field(override: str, message:
     with pytest.raises(ConfigError, match=message) as caught:
         strict(tree(override))
     assert "\n" not in str(caught.value)
+
+
+def test_batches_have_one_shape_where_rounding_would_break_the_guarantee() -> None:
+    for override, private, expected in [
+        ("environment.seed=1", True, False),
+        ("environment.backbone_quantization=int8", True, False),
+        ("environment.precision=bfloat16", True, True),
+        ("environment.precision=bfloat16", False, False),
+        ("environment.batch_shape=fixed", True, True),
+        ("environment.batch_shape=fixed", False, True),
+    ]:
+        config = strict(tree(override))
+        config.privacy.enabled = private
+        assert has_fixed_batches(config) is expected
 
 
 def test_run_id_changes_with_numbers_only() -> None:

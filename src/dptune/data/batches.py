@@ -1,6 +1,7 @@
 """From tokens to tensors: how each architecture reads an example, batches sorted by length, losses of single rows.
 
-Nothing that one row gets depends on the other rows of its batch, not even on how much padding they cause.
+Nothing that one row gets depends on the other rows of its batch, not even on how much padding they cause; with a
+`Layout.length` not even in its last bits.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Layout:
     """First token that the decoder of an encoder-decoder reads."""
     first_position: int | None = 0
     """Number of the first position; None for a backbone that takes no position ids."""
+    length: int | None = None
+    """Most tokens of a row, for batches whose shape does not depend on their rows: a public number. None: each batch is
+    as wide as its longest row.
+
+    Tokens get one column more, which is padding in every row: a batch without any would be given to other kernels."""
 
 
 def collate(rows: Sequence[Encoded], layout: Layout, device: torch.device | str = "cpu") -> Batch:
@@ -58,12 +64,12 @@ def collate(rows: Sequence[Encoded], layout: Layout, device: torch.device | str 
 
 def _decoder(rows: Sequence[Encoded], layout: Layout) -> dict[str, NDArray[np.int64]]:
     labels = [row.tokens[len(row.tokens) - row.response :] for row in rows]
-    mask = _padded([(1,) * len(row.tokens) for row in rows], 0, left=True)
+    mask = _padded([(1,) * len(row.tokens) for row in rows], 0, _plus(layout.length, 1), left=True)
     return {
-        "input_ids": _padded([row.tokens for row in rows], layout.pad, left=True),
+        "input_ids": _padded([row.tokens for row in rows], layout.pad, _plus(layout.length, 1), left=True),
         "attention_mask": mask,
         "position_ids": (mask.cumsum(axis=1) - 1).clip(0),
-        "labels": _padded(labels, IGNORED, left=True),
+        "labels": _padded(labels, IGNORED, _plus(layout.length, -1), left=True),
     }
 
 
@@ -78,15 +84,18 @@ def _encoder(rows: Sequence[Encoded], layout: Layout) -> dict[str, NDArray[np.in
         tokens.append((*layout.prefix, *row.tokens[:begin], *shown))
         labels.append(hidden)
         positions.append(tuple(range(len(layout.prefix) + begin, len(layout.prefix) + begin + len(hidden))))
+    width = _plus(layout.length, len(layout.prefix) + 1)
     batch = {
-        "input_ids": _padded(tokens, layout.pad),
-        "attention_mask": _padded([(1,) * len(row) for row in tokens], 0),
-        "labels": _padded(labels, IGNORED),
-        "label_positions": _padded(positions, 0),
+        "input_ids": _padded(tokens, layout.pad, width),
+        "attention_mask": _padded([(1,) * len(row) for row in tokens], 0, width),
+        "labels": _padded(labels, IGNORED, layout.length),
+        "label_positions": _padded(positions, 0, layout.length),
     }
     if layout.first_position is not None:
-        width = batch["input_ids"].shape[1]
-        batch["position_ids"] = np.tile(np.arange(width) + layout.first_position, (len(rows), 1))
+        places = np.arange(batch["input_ids"].shape[1])
+        # The column that no row fills may be beyond the backbone's last position.
+        places = places if layout.length is None else places.clip(max=len(places) - 2)
+        batch["position_ids"] = np.tile(places + layout.first_position, (len(rows), 1))
     return batch
 
 
@@ -94,19 +103,26 @@ def _encoder_decoder(rows: Sequence[Encoded], layout: Layout) -> dict[str, NDArr
     assert layout.start is not None and layout.end is not None
     prompts = [(*row.tokens[: len(row.tokens) - row.response], layout.end) for row in rows]
     labels = [row.tokens[len(row.tokens) - row.response :] for row in rows]
+    shifted = [(layout.start, *row)[: len(row)] for row in labels]
     return {
-        "input_ids": _padded(prompts, layout.pad),
-        "attention_mask": _padded([(1,) * len(row) for row in prompts], 0),
-        "decoder_input_ids": _padded([(layout.start, *row)[: len(row)] for row in labels], layout.pad),
-        "labels": _padded(labels, IGNORED),
+        "input_ids": _padded(prompts, layout.pad, _plus(layout.length, 1)),
+        "attention_mask": _padded([(1,) * len(row) for row in prompts], 0, _plus(layout.length, 1)),
+        "decoder_input_ids": _padded(shifted, layout.pad, layout.length),
+        "labels": _padded(labels, IGNORED, layout.length),
     }
 
 
 _LAYOUTS = {"decoder": _decoder, "encoder": _encoder, "encoder_decoder": _encoder_decoder}
 
 
-def _padded(rows: Sequence[tuple[int, ...]], value: int, left: bool = False) -> NDArray[np.int64]:
-    width = max(len(row) for row in rows)
+def _plus(length: int | None, more: int) -> int | None:
+    return None if length is None else length + more
+
+
+def _padded(
+    rows: Sequence[tuple[int, ...]], value: int, width: int | None = None, left: bool = False
+) -> NDArray[np.int64]:
+    width = max(len(row) for row in rows) if width is None else width
     padded = np.full((len(rows), width), value, dtype=np.int64)
     for index, row in enumerate(rows):
         begin = width - len(row) if left else 0
