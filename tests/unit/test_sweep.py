@@ -7,7 +7,7 @@ import pytest
 
 from dptune import sweep
 from dptune.config import EMBEDDED, Config, ConfigError, run_id, strict
-from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS
+from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS, TESTS
 from dptune.sweep import ROOT, expand, included, load, names, parts, without_hydra
 
 FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
@@ -155,6 +155,11 @@ def test_a_claim_about_stability_finds_its_conditions(name: str, field: str) -> 
     assert conditions["uniform"] == conditions["adaptive"]
     assert len(conditions["adaptive"]) >= FEWEST_CONDITIONS
     assert all(len(seeds) >= FEWEST_SEEDS for seeds in conditions["adaptive"].values())
+
+
+def test_the_sweeps_that_would_decide_a_claim_exist() -> None:
+    said = [re.search(r"`make sweep SWEEP=(\S+)`", test.needs) for test in TESTS]
+    assert {match[1] for match in said if match} <= set(names()) and sum(match is not None for match in said) >= 6
 
 
 @pytest.mark.parametrize("choice", CHOICES)

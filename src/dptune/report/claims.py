@@ -291,7 +291,6 @@ def _saving(results: Results, found: Evidence, pairs: Pairs) -> Estimate | None:
     return mean_over_runs([len(seeds) * whole - (len(seeds) - 1) * float(value or 0.0) for value in without])
 
 
-_BOTH = "dptune -m privacy=uniform,adaptive environment.seed=0,1,2,3,4"
 TESTS: Sequence[_Test] = (
     _Test(
         1,
@@ -311,7 +310,7 @@ TESTS: Sequence[_Test] = (
         ("data", "environment"),
         "target",
         _saving,
-        f"curves that overlap, of two or more epsilons each: `{_BOTH} privacy.target_epsilon=0.5,1,2,4,8`",
+        "curves that overlap, of two or more epsilons each: `make sweep SWEEP=hyperparameter/target_epsilon`",
         matters=0.0,
     ),
     _Test(
@@ -333,7 +332,7 @@ TESTS: Sequence[_Test] = (
         ("data", "environment", "target"),
         "hyperparameter",
         _steadiness,
-        f"three or more settings of both, at equal epsilon: `{_BOTH} hyperparameter.learning_rate=0.01,0.02,0.04`",
+        "three or more settings of both, at equal epsilon: `make sweep SWEEP=hyperparameter/learning_rate`",
         guarded=True,
     ),
     _Test(
@@ -344,7 +343,7 @@ TESTS: Sequence[_Test] = (
         ("data", "target"),
         "environment",
         _steadiness,
-        f"three or more environments of both, at equal epsilon: `{_BOTH} environment.sequence_length=48,64,96`",
+        "three or more environments of both, at equal epsilon: `make sweep SWEEP=environment/sequence_length`",
         guarded=True,
     ),
     _Test(
@@ -355,7 +354,7 @@ TESTS: Sequence[_Test] = (
         ("environment", "target"),
         "data",
         _steadiness,
-        f"three or more conditions of both, at equal epsilon: `{_BOTH} data_sensitivity=clean,scarce,label_noise`",
+        "three or more conditions of both, at equal epsilon: `make sweep SWEEP=data_sensitivity/label_noise`",
         guarded=True,
     ),
     _Test(
