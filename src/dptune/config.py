@@ -424,7 +424,7 @@ def strict(tree: DictConfig | Mapping[str, Any]) -> Config:
     source = tree if isinstance(tree, DictConfig) else OmegaConf.create(dict(tree))
     try:
         values = OmegaConf.to_container(source, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        merged = OmegaConf.merge(_schema(), values)
         config = OmegaConf.to_object(merged)
     except InterpolationKeyError as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
@@ -436,6 +436,13 @@ def strict(tree: DictConfig | Mapping[str, Any]) -> Config:
     _check_fields(config)
     _check_together(config)
     return config
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """The tree of the dataclasses; slow to make, and merging copies it."""
+    tree: DictConfig = OmegaConf.structured(Config)
+    return tree
 
 
 def unknown_key(key: str) -> str:
