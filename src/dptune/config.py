@@ -318,6 +318,16 @@ class EnvironmentConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """How free-form answers are judged. They are written greedily and compared with all references of their prompt."""
+
+    prompts: int | None = _number(200, least=1)
+    """Test prompts of each free-form task that are answered (null: all); records with other prompts are not judged."""
+    max_new_tokens: int = _number(64, least=1)
+    """Longest answer in tokens."""
+
+
+@dataclass
 class DataSensitivityConfig:
     """Conditions of the data.
 
@@ -400,6 +410,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     hyperparameter: HyperparameterConfig = field(default_factory=HyperparameterConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     data_sensitivity: DataSensitivityConfig = field(default_factory=DataSensitivityConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

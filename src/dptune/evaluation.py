@@ -1,4 +1,4 @@
-"""How good a model is: options ranked by log-likelihood, free form by exact match of greedy output."""
+"""How good a model is: options ranked by log-likelihood, free form by what greedy output has of its references."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from dptune.data.encoding import Encoded, encode
 from dptune.data.schema import Example
 from dptune.data.templates import prompt_of, response_of
 from dptune.records import Metrics
+from dptune.text_metrics import Written, by_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_NEW_TOKENS = 32
-"""Longest greedy output, a public constant."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,20 @@ class Judgement:
     """The input does not occur in the training split; None where that must not be told."""
 
 
+def judged(examples: Sequence[Example], prompts: int | None) -> list[Example]:
+    """The test records that are judged: those with options, and all that share one of a task's first free prompts.
+
+    Args:
+        examples: the test split, in its public order.
+        prompts: number of prompts of each free-form task (None: all), because writing is slow.
+    """
+    kept: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for example in examples:
+        if not example.options and (prompts is None or len(kept[example.task]) < prompts):
+            kept[example.task].add((example.instruction, example.input))
+    return [item for item in examples if item.options or (item.instruction, item.input) in kept[item.task]]
+
+
 @torch.no_grad()
 def judge(
     model: torch.nn.Module,
@@ -46,9 +58,10 @@ def judge(
     layout: Layout,
     sequence_length: int,
     batch_size: int,
+    max_new_tokens: int,
     template: str = "plain",
-) -> list[Judgement]:
-    """One judgement an example, in their order.
+) -> tuple[list[Judgement], list[Written]]:
+    """One judgement an example, in their order, and what was written for each prompt of free form.
 
     Args:
         model: language model in evaluation mode.
@@ -59,6 +72,7 @@ def judge(
         layout: how the model reads an example.
         sequence_length: longest example in tokens.
         batch_size: sequences in one forward pass.
+        max_new_tokens: longest free-form output in tokens.
         template: what a prompt looks like, `plain` or `chat`.
     """
     candidates = [
@@ -83,13 +97,18 @@ def judge(
         if index not in best or score > best[index][0]:
             best[index] = (score, option)
     answers = {index: best[index][1] for index, example in enumerate(examples) if example.options}
-    free = [index for index, example in enumerate(examples) if not example.options]
-    answers |= zip(
-        free,
-        greedy(model, tokenizer, [examples[i] for i in free], layout, sequence_length, batch_size, template),
-        strict=True,
-    )
-    return [
+    asked: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        if not example.options:
+            asked[example.task, example.instruction, example.input].append(index)
+    first = [examples[indices[0]] for indices in asked.values()]
+    outputs = greedy(model, tokenizer, first, layout, sequence_length, batch_size, max_new_tokens, template)
+    written = []
+    for indices, output in zip(asked.values(), outputs, strict=True):
+        answers |= dict.fromkeys(indices, output)
+        references = tuple(examples[index].output for index in indices)
+        written.append(Written(examples[indices[0]].task, output.strip(), references))
+    judgements = [
         Judgement(
             task=example.task,
             correct=is_correct(answers[index], example),
@@ -98,6 +117,7 @@ def judge(
         )
         for index, example in enumerate(examples)
     ]
+    return judgements, written
 
 
 def greedy(
@@ -107,14 +127,19 @@ def greedy(
     layout: Layout,
     sequence_length: int,
     batch_size: int,
+    max_new_tokens: int,
     template: str = "plain",
 ) -> list[str]:
-    """Greedy output of each example, cut at the end-of-sequence token or after `MAX_NEW_TOKENS`."""
+    """Greedy output of each example, cut at the end-of-sequence token or after `max_new_tokens`."""
     if not examples:
         return []  # The tokenizer does not take an empty list.
     # A row without a response is a prompt.
     texts = [prompt_of(example, tokenizer, template) for example in examples]
     tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if layout.architecture == "decoder" and positions is not None:
+        # What is written takes positions after the prompt, and learned positions end.
+        sequence_length = min(sequence_length, max(positions - max_new_tokens, 1))
     rows = [Encoded(tuple(row[-sequence_length:]), 0) for row in tokens]
     outputs = [""] * len(rows)
     device = next(model.parameters()).device
@@ -125,8 +150,9 @@ def greedy(
         generated = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
+            use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -150,21 +176,26 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
-def summarise(judgements: Sequence[Judgement]) -> Metrics:
+def summarise(judgements: Sequence[Judgement], written: Sequence[Written] = ()) -> Metrics:
     """Macro averages over tasks. Raises ValueError when there is nothing to average."""
-    by_task = _accuracy_by_task(judgements)
+    accuracies = _accuracy_by_task(judgements)
+    texts = by_task(written)
     unseen = [item for item in judgements if item.unseen]
-    counts = {task: sum(item.task == task for item in judgements) for task in by_task}
+    counts = {task: sum(item.task == task for item in judgements) for task in accuracies}
     return Metrics(
-        accuracy=statistics.fmean(by_task.values()),
-        accuracy_by_task=by_task,
-        worst_task=min(by_task, key=by_task.__getitem__),
-        spread_over_tasks=statistics.pstdev(by_task.values()),
+        accuracy=statistics.fmean(accuracies.values()),
+        accuracy_by_task=accuracies,
+        worst_task=min(accuracies, key=accuracies.__getitem__),
+        spread_over_tasks=statistics.pstdev(accuracies.values()),
         accuracy_unseen=statistics.fmean(_accuracy_by_task(unseen).values()) if unseen else None,
         response_perplexity=math.exp(min(statistics.fmean(item.loss for item in judgements), 700.0)),
         n=len(judgements),
         n_unseen=None if judgements[0].unseen is None else len(unseen),
         n_by_task=counts,
+        bleu=statistics.fmean(score for score, _ in texts.values()) if texts else None,
+        bleu_by_task={task: score for task, (score, _) in texts.items()},
+        rouge_l=statistics.fmean(score for _, score in texts.values()) if texts else None,
+        rouge_l_by_task={task: score for task, (_, score) in texts.items()},
     )
 
 

@@ -46,7 +46,8 @@ class Metrics:
     """What the tuned model does on the test split. Higher is better unless said otherwise; shares are in [0, 1]."""
 
     accuracy: float
-    """Macro average over tasks: options by summed log-likelihood, free form by normalised exact match."""
+    """Macro average over tasks: options by summed log-likelihood, free form by normalised exact match of greedy output
+    (see also `bleu`)."""
     accuracy_by_task: dict[str, float]
     """Accuracy of each task."""
     worst_task: str
@@ -64,6 +65,15 @@ class Metrics:
     """Number of test examples whose input does not occur in the training split; null for private data."""
     n_by_task: dict[str, int]
     """Number of test examples of each task."""
+    bleu: float | None = None
+    """Macro average over free-form tasks of corpus BLEU (sacreBLEU, in [0, 100]); null when none has references of
+    four words or more."""
+    bleu_by_task: dict[str, float] = field(default_factory=dict)
+    """BLEU of each free-form task with such references."""
+    rouge_l: float | None = None
+    """Macro average over the same tasks of the mean F-measure of ROUGE-L."""
+    rouge_l_by_task: dict[str, float] = field(default_factory=dict)
+    """ROUGE-L of each of them."""
 
 
 @dataclass(slots=True)
@@ -428,6 +438,8 @@ def _check(record: RunRecord) -> None:
         shares = [] if part is None else [part.accuracy, *part.accuracy_by_task.values()]
         if any(isinstance(share, bool) or not 0 <= share <= 1 for share in shares):
             raise ValueError(f"{name} holds an accuracy outside [0, 1]")
+        if part is not None and not (0 <= (part.bleu or 0) <= 100 and 0 <= (part.rouge_l or 0) <= 1):
+            raise ValueError(f"{name} holds a BLEU outside [0, 100] or a ROUGE-L outside [0, 1]")
     privacy = record.privacy
     if record.status == "done" and privacy is not None and privacy.private:
         # A run of no steps, such as zero-shot, looks at no training data: its epsilon is 0.

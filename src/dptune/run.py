@@ -394,26 +394,37 @@ def execute(
     sequence_length = config.environment.sequence_length
     seen = {example.input for example in data.train} if data.public or not plan.private else None
 
-    def measure(model: torch.nn.Module) -> list[evaluation.Judgement]:
-        return evaluation.judge(
+    examples = evaluation.judged(data.test, config.evaluation.prompts)
+
+    def measure(model: torch.nn.Module) -> tuple[list[evaluation.Judgement], Metrics]:
+        judgements, written = evaluation.judge(
             model.eval(),
             prepared.backbone.tokenizer,
-            data.test,
+            examples,
             seen,
             layout=prepared.backbone.layout,
             sequence_length=sequence_length,
             batch_size=config.compute.evaluation_batch_size,
+            max_new_tokens=config.evaluation.max_new_tokens,
             template=config.data.template,
         )
+        return judgements, evaluation.summarise(judgements, written)
 
     record.parameters = adapters.count(model)
     if not plan.steps:
         record.parameters = dataclasses.replace(record.parameters, trainable=0, groups={})
-    floor = (prepared.backbone.fingerprint, data.fingerprint, sequence_length, config.data.template, seen is None)
+    floor = (
+        prepared.backbone.fingerprint,
+        data.fingerprint,
+        sequence_length,
+        config.data.template,
+        dataclasses.astuple(config.evaluation),
+        seen is None,
+    )
     if floor not in _zero_shot:
         # Most fresh adapters change nothing; a soft prompt does.
         bare = model if adapters.KINDS[config.adapter.name].unchanged else load_backbone(config).model
-        _zero_shot[floor] = evaluation.summarise(measure(bare))
+        _zero_shot[floor] = measure(bare)[1]
     record.zero_shot = _zero_shot[floor]
     folder.log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan)}")
 
@@ -423,8 +434,7 @@ def execute(
     if plan.steps:
         record.privacy = fit(config, prepared, ranks, start, folder, tracker)
     training_seconds = time.perf_counter() - training_begin
-    judgements = measure(model)
-    record.metrics = evaluation.summarise(judgements)
+    judgements, record.metrics = measure(model)
     if not math.isfinite(record.metrics.response_perplexity):
         raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
     lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in judgements)
@@ -441,7 +451,7 @@ def execute(
     folder.log(summary(record))
 
 
-_zero_shot: dict[tuple[str, str, int, str, bool], Metrics] = {}
+_zero_shot: dict[tuple[object, ...], Metrics] = {}
 
 
 def fit(

@@ -113,8 +113,16 @@ def open_run(tracking: TrackingConfig, folder: Path, *, id: str, anew: bool = Fa
 
 
 SUMMARY = {
-    "metrics": ("accuracy", "accuracy_unseen", "worst_task", "spread_over_tasks", "response_perplexity"),
-    "zero_shot": ("accuracy",),
+    "metrics": (
+        "accuracy",
+        "accuracy_unseen",
+        "worst_task",
+        "spread_over_tasks",
+        "response_perplexity",
+        "bleu",
+        "rouge_l",
+    ),
+    "zero_shot": ("accuracy", "bleu", "rouge_l"),
     "privacy": ("epsilon", "target_epsilon", "delta", "noise_multiplier", "noise_mode"),
     "parameters": ("total", "trainable"),
     "cost": ("seconds", "examples_per_second", "peak_memory_mb"),

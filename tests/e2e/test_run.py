@@ -66,8 +66,17 @@ def test_the_saved_adapter_gives_the_recorded_accuracy(config: Config, model_fol
     data = load(config)
     backbone = backbones.load(config.model, precision="float32", device="cpu", cache_dir=Path(config.compute.cache_dir))
     seen = {example.input for example in data.train}
-    found = judge(model, backbone.tokenizer, data.test, seen, layout=backbone.layout, sequence_length=96, batch_size=16)
-    metrics = summarise(found)
+    found, written = judge(
+        model,
+        backbone.tokenizer,
+        data.test,
+        seen,
+        layout=backbone.layout,
+        sequence_length=96,
+        batch_size=16,
+        max_new_tokens=64,
+    )
+    metrics = summarise(found, written)
     assert record.metrics is not None
     assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
     assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
@@ -573,3 +582,36 @@ def test_a_chat_template_that_is_not_there_is_named(config: Config) -> None:
     with pytest.raises(ConfigError, match="no chat template; use data.template=plain"):
         run.run(config)
     assert not Path(config.compute.output_root).exists()
+
+
+def test_what_a_checkpoint_says_of_sampling_is_left_out(config: Config, tokenizer, tmp_path: Path) -> None:
+    import transformers as t
+
+    model = small("qwen2")
+    model.generation_config = t.GenerationConfig(do_sample=True, temperature=0.5, repetition_penalty=1.5)
+    model.save_pretrained(tmp_path / "qwen2")
+    tokenizer.save_pretrained(tmp_path / "qwen2")
+    config.model.path = str(tmp_path / "qwen2")
+    loaded = backbones.load(config.model, precision="float32", device="cpu", cache_dir=tmp_path).model
+    settings = loaded.generation_config
+    assert settings.repetition_penalty in (None, 1.0) and not settings.do_sample
+
+
+def test_free_form_text_has_bleu_and_rouge(config: Config, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "describe", "input": str(n // 2), "output": f"the cat {n} sat on a mat", "split": split}
+        for split, count in (("train", 30), ("test", 10))
+        for n in range(count)
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.name, config.data.path, config.data.public = "texts", str(tmp_path / "texts.jsonl"), True
+    config.evaluation.prompts, config.evaluation.max_new_tokens = 3, 8
+    record = run.run(config)
+    assert record.metrics is not None and record.zero_shot is not None, record.error
+    assert record.metrics.n == 6
+    for metrics in (record.metrics, record.zero_shot):
+        (task,) = metrics.accuracy_by_task
+        assert metrics.bleu is not None and metrics.bleu_by_task == {task: metrics.bleu}
+        assert metrics.rouge_l is not None and metrics.rouge_l_by_task == {task: metrics.rouge_l}
+    folder = Path(config.compute.output_root) / record.run_id
+    assert not [path for path in folder.glob("*.json*") if "the cat" in path.read_text()]

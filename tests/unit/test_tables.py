@@ -80,6 +80,23 @@ def test_begun_transcripts_and_stale_runs_count_in_the_epsilon_of_all(tmp_path: 
     assert "1 of 1 runs done, 1 stale" in text and "privacy=uniform (stale)" not in text.splitlines()[5]
 
 
+def test_text_metrics_have_columns_where_a_run_has_them(tmp_path: Path) -> None:
+    jobs = smoke(tmp_path)
+    for job in jobs:
+        finish(job, 0.8, tmp_path)
+    assert "BLEU" not in shown(tmp_path, jobs) and "ROUGE-L" not in shown(tmp_path, jobs)
+    for job in jobs:
+        record = read(tmp_path / job.run_id)
+        assert record is not None and record.metrics is not None and record.zero_shot is not None
+        record.zero_shot.bleu = 12.34
+        if job.config.privacy.enabled:
+            record.metrics.bleu, record.metrics.rouge_l = 40.0 + job.config.environment.seed, 0.5
+        record.write(tmp_path / job.run_id)
+    head, _, floor, first, second = shown(tmp_path, jobs).splitlines()[2:7]
+    assert "| BLEU ↑ | ROUGE-L ↑ |" in head and "| 12.3 |" in floor
+    assert "| 40.5 [" in first and "| 0.500 (2) |" in first and "40.5" not in second
+
+
 def test_best_of_a_random_number_is_stated_where_it_was_drawn(tmp_path: Path) -> None:
     jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
     for job in jobs:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -144,6 +145,9 @@ def _read(folder: Path, name: str, where: str, precision: str, quantization: str
         raise ConfigError(f"{where}: the tokenizer has no mask token, with which an encoder is asked")
     # An adapter is made to be passed on: PEFT writes this name into it, and it must not be a path of this machine.
     model.name_or_path = model.config._name_or_path = name
+    if model.can_generate():
+        # Output is greedy: what a checkpoint says of sampling, or of repetition, is left out.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
     model.requires_grad_(False).eval()
     if architecture == "decoder" and not is_causal(model):
         raise ConfigError(f"{where} reads ahead: an encoder cannot be trained as a causal language model")

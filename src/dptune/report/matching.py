@@ -71,6 +71,7 @@ def evidence(results: Results) -> Evidence:
         "fixed": [
             *_below(columns, "config.model."),
             *_below(columns, "config.data."),
+            *_below(columns, "config.evaluation."),
             "provenance.backbone",
             *(f"privacy.{name}" for name in ("delta", "unit", "noise_mode", "stand_in")),
             "config.privacy.examples_per_user",

@@ -272,6 +272,8 @@ RESULTS = (
     "metrics.spread_over_tasks",
     "metrics.accuracy_unseen",
     "metrics.response_perplexity",
+    "metrics.bleu",
+    "metrics.rouge_l",
     "zero_shot.accuracy",
     "parameters.trainable",
     "parameters.total",

@@ -163,6 +163,8 @@ def comparable(one: Setting, other: Setting) -> str | None:
     """
     if any(one.value(name) != other.value(name) for name in one.columns if name.startswith("config.data.")):
         return "other data"
+    if any(one.value(name) != other.value(name) for name in one.columns if name.startswith("config.evaluation.")):
+        return "judged in another way"
     columns = ["provenance.backbone"] if one.value("config.model.name") == other.value("config.model.name") else []
     condition = [name for name in one.columns if name.startswith("config.data_sensitivity.")]
     if all(one.value(name) == other.value(name) for name in condition):

@@ -100,6 +100,10 @@ WORST = Measure("metrics.worst", "worst task", "↑", _worst)
 SPREAD = Measure("metrics.spread_over_tasks", "spread over tasks", "↓", _spread)
 UNSEEN = Measure("metrics.accuracy_unseen", "unseen inputs", "↑")
 PERPLEXITY = Measure("metrics.response_perplexity", "perplexity", "↓", None, (1.0, math.inf), 2)
+BLEU = Measure("metrics.bleu", "BLEU", "↑", None, (0.0, 100.0), 1)
+ROUGE_L = Measure("metrics.rouge_l", "ROUGE-L", "↑")
+TEXT = {"bleu": BLEU, "rouge_l": ROUGE_L}
+"""Measures of free-form text, shown where there is some."""
 SECONDS = Measure("cost.seconds", "time, s", "↓", None, (0.0, math.inf), 0)
 MEMORY = Measure("cost.peak_memory_mb", "peak memory, MB", "↓", None, (0.0, math.inf), 0)
 
@@ -172,6 +176,7 @@ def main_table(name: str, results: Results, title: str | None = None) -> Table:
         Column("setting", "setting"),
         Column("accuracy", "accuracy [95 %] (n)", "↑"),
         Column("difference", "difference by seed [95 %] (n)", "↑"),
+        *(Column(key, measure.title, measure.direction) for key, measure in TEXT.items() if _known(results, measure)),
         Column("unseen", "unseen inputs", "↑"),
         Column("worst", "worst task", "↑"),
         Column("spread", "spread over tasks", "↓"),
@@ -207,6 +212,7 @@ def setting_row(results: Results, setting: Setting, difference: Cell) -> dict[st
         "setting": Cell(label, run_ids=setting.run_ids),
         "accuracy": replace(accuracy, text=f"{accuracy.text}; {lacking}") if lacking else accuracy,
         "difference": difference,
+        **{key: measured(setting, measure) for key, measure in TEXT.items()},
         "unseen": measured(setting, UNSEEN),
         "worst": measured(setting, WORST, items),
         "spread": measured(setting, SPREAD, items),
@@ -238,6 +244,9 @@ def floor_row(results: Results) -> dict[str, Cell]:
     if tasks:
         row["worst"] = Cell(f"{min(tasks):.3f}", min(tasks))
         row["spread"] = Cell(f"{float(np.std(tasks)):.3f}", float(np.std(tasks)))
+    for key, measure in TEXT.items():
+        if (value := first.get(f"zero_shot.{key}")) is not None and value == value:
+            row[key] = Cell(f"{value:.{measure.digits}f}", float(value))
     if (unseen := first.get("zero_shot.accuracy_unseen")) == unseen and unseen is not None:
         row["unseen"] = Cell(f"{unseen:.3f}", unseen)
     return {**row, "trainable": Cell("0 (0.00)", 0.0)}
@@ -491,6 +500,10 @@ def code_notes(results: Results) -> list[str]:
         return []
     commits = sorted({str(commit)[:7] for commit in done["provenance.git"].dropna()})
     return [f"Made by {len(commits)} versions of the code ({', '.join(commits)})."] if len(commits) > 1 else []
+
+
+def _known(results: Results, measure: Measure) -> bool:
+    return measure.key in results.runs and bool(results.runs[measure.key].notna().any())
 
 
 def _is_task(key: str, prefix: str) -> bool:
