@@ -52,10 +52,10 @@ sync: $(STAMP) ## Upload finished records to W&B, each once: make sync [ARGS="hy
 workspace: $(STAMP) ## Make a W&B workspace of what was uploaded: make workspace ARGS="ENTITY/PROJECT [--dry-run]"
 	@$(BIN)/python analysis/workspace.py --records $(RECORDS) $(ARGS)
 
-notebooks: $(STAMP) ## Run the notebooks of analysis/ into report/notebooks/*.html
+notebooks: $(STAMP) ## Run the notebooks of analysis/ into report/notebooks/*.html, which load nothing from the network
 	@mkdir -p report/notebooks
 	@DPTUNE_RECORDS=$(abspath $(RECORDS)) $(BIN)/jupyter nbconvert --execute --to html \
-	  --HTMLExporter.require_js_url= --HTMLExporter.mathjax_url= --output-dir report/notebooks analysis/*.ipynb
+	  --TemplateExporter.extra_template_basedirs=analysis --template offline --output-dir report/notebooks analysis/*.ipynb
 
 sample: $(STAMP) ## Make the sample records of analysis/sample again
 	@$(BIN)/dptune -m sweeps=sample compute.output_root=analysis/sample hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)

@@ -53,6 +53,18 @@ def test_a_notebook_runs_on_the_sample(path: Path, monkeypatch: pytest.MonkeyPat
     assert "These runs do not hold" not in shown and "cdn" not in shown
 
 
+def test_a_notebook_as_a_page_asks_the_network_for_nothing() -> None:
+    from nbconvert import HTMLExporter
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "--TemplateExporter.extra_template_basedirs=analysis --template offline" in makefile
+    exporter = HTMLExporter(template_name="offline", extra_template_basedirs=[str(ANALYSIS)])
+    for path in NOTEBOOKS:
+        page, _ = exporter.from_filename(path)
+        assert "jp-Notebook" in page
+        assert not re.search(r"<(script|link|img|iframe)[^>]*\s(src|href)=|\bimport\(|@import|url\(['\"]?http", page)
+
+
 def test_the_sample_is_real_and_marked() -> None:
     found = collect(ANALYSIS / "sample")
     assert len(found.records) == 51 and not found.unreadable
