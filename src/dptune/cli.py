@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dptune.config import Config, ConfigError, strict, unknown_key
-from dptune.records import RecordError, RunFailed
+from dptune.records import RecordError, RunFailed, without_collector
 from dptune.sweep import ROOT, names
 
 VIEWS = ("table", "tables", "figures", "claims", "report")
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if argv and argv[0] in VIEWS:
             from dptune.report import commands
 
-            getattr(commands, argv[0])(argv[1:])
+            with without_collector():
+                getattr(commands, argv[0])(argv[1:])
         elif argv[:1] == ["status"]:
             status(argv[1:])
         elif argv[:1] == ["sync"]:

@@ -15,10 +15,11 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def collect(root: Path) -> Collection:
     """All records below `root`; those that cannot be read are named, not hidden."""
     records: dict[str, RunRecord] = {}
     unreadable = []
-    with _without_collector():
+    with without_collector():
         for folder in sorted(str(path.parent) for path in root.glob(f"*/{RECORD_FILE}")):
             try:
                 record = read(Path(folder))
@@ -332,7 +333,7 @@ def collect(root: Path) -> Collection:
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Pause the search for reference cycles: many records have none, and looking for them takes half of the time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -358,32 +359,35 @@ def to_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    with _without_collector():
-        rows = [_flatten(vars(record), "", {}) for record in records]
-        shapes = {tuple(row): None for row in rows}
-        names = list(dict.fromkeys(name for shape in shapes for name in shape))
-        if len(shapes) == 1:
-            # The usual case, many runs of one kind, fast.
-            columns: Iterable[Any] = zip(*(row.values() for row in rows), strict=True)
-        else:
-            columns = ([row.get(name) for row in rows] for name in names)
-        return pd.DataFrame(dict(zip(names, columns, strict=True)))
+    with without_collector():
+        return pd.DataFrame(dict(_columns([vars(record) for record in records])))
 
 
-def _flatten(values: Mapping[str, Any], prefix: str, row: dict[str, Any]) -> dict[str, Any]:
-    for key, value in values.items():
-        name = prefix + key
-        if isinstance(value, Metrics | Privacy | Parameters | Cost):
-            _flatten(vars(value), name + ".", row)
-        elif isinstance(value, dict) and name not in _WHOLE:
-            _flatten(value, name + ".", row)
-        else:
-            row[name] = value
-    if prefix == "parameters.":
-        row["parameters.fraction"] = values["trainable"] / values["total"]
-    return row
+def _columns(parts: Sequence[Mapping[str, Any]], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Name and values of each column below some parts of records: by column, which is faster than by record."""
+    shapes = {tuple(part): None for part in parts}
+    for key in dict.fromkeys(key for shape in shapes for key in shape):
+        name, values = prefix + key, [part.get(key) for part in parts]
+        kinds = set(map(type, values))
+        nested = kinds & _NESTED if name not in _WHOLE else set()
+        if not nested:
+            yield name, values
+            continue
+        if kinds - nested - {NoneType}:
+            yield name, [None if type(value) in nested else value for value in values]
+        yield from _columns([_inside(value) for value in values], name + ".")
 
 
+def _inside(value: Any) -> Mapping[str, Any]:
+    """What lies below a value; nothing below a number, a text or null."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, Parameters):
+        return vars(value) | {"fraction": value.fraction}
+    return vars(value) if type(value) in _NESTED else {}
+
+
+_NESTED = {dict, Metrics, Privacy, Parameters, Cost}
 _WHOLE = ("privacy.groups", "privacy.plan", "privacy.accountants", "provenance.versions", "config.data.columns")
 
 

@@ -82,3 +82,16 @@ def test_records_become_a_table() -> None:
     assert frame["run_id"].tolist() == ["a", "b"]
     assert frame["metrics.accuracy"].tolist() == [0.75, 0.75]
     assert frame["config.environment.seed"].tolist() == [0, 0]
+
+
+def test_records_of_different_shapes_share_a_table() -> None:
+    failed = record("b", status="failed", metrics=None, config={"environment": {"seed": 1}, "method": "x"})
+    odd = record("c", config={"environment": 7, "method": None})
+    frame = records.to_frame([record("a"), failed, odd])
+    assert frame["metrics.accuracy"].isna().tolist() == [False, True, False]
+    assert frame["metrics.accuracy_by_task.a"].dropna().tolist() == [0.75, 0.75]
+    assert frame["config.environment.seed"].dropna().tolist() == [0, 1]
+    assert frame["config.environment"].dropna().tolist() == [7]
+    assert frame["config.method"].dropna().tolist() == ["x"]
+    assert frame["parameters.fraction"].tolist() == [0.01] * 3
+    assert frame["privacy.groups"][0] == {"all": GroupPrivacy(10, 1.0)}

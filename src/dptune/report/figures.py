@@ -18,7 +18,7 @@ import pandas as pd
 
 from dptune.report.intervals import Estimate
 from dptune.report.results import Results, history
-from dptune.report.settings import Setting, settings_of
+from dptune.report.settings import Setting
 from dptune.report.tables import ACCURACY, MEMORY, SECONDS, estimate
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00"]
@@ -36,7 +36,7 @@ def privacy_utility(results: Results) -> Chart | None:
     data = pd.DataFrame(rows)
     x = alt.X("epsilon:Q", title="ε spent (log scale)", scale=alt.Scale(type="log", nice=False, padding=20))
     layers = [*levels(results), intervals(data, x), dots(data, x)]
-    settings = [item for item in settings_of(results.runs) if item.done and item.private]
+    settings = [item for item in results.settings if item.done and item.private]
     if family := _alone(results, settings, "config.privacy.target_epsilon"):
         # A line joins settings that differ in epsilon only; different settings are never averaged.
         layers.append(lines(pd.DataFrame(family), x))
@@ -81,7 +81,7 @@ def pareto(results: Results) -> Chart | None:
 
 def sensitivity(results: Results) -> Chart | None:
     """Accuracy by each dimension that was varied alone around the same other settings."""
-    settings = [item for item in settings_of(results.runs) if item.done and item.private]
+    settings = [item for item in results.settings if item.done and item.private]
     rows = [row for name in _numeric(settings) for row in _alone(results, settings, name)]
     if not rows:
         return None
@@ -103,7 +103,7 @@ def sensitivity(results: Results) -> Chart | None:
 
 def tasks(results: Results) -> Chart | None:
     """Accuracy of each task by setting."""
-    settings = [item for item in settings_of(results.runs) if item.done]
+    settings = [item for item in results.settings if item.done]
     names = [str(name) for name in results.runs.columns if str(name).startswith("metrics.accuracy_by_task.")]
     rows = []
     for at, setting in enumerate(settings[:MOST_ROWS], 1):
@@ -191,7 +191,7 @@ def training(results: Results) -> Chart | None:
         run = results.done[results.done["run_id"] == run_id].iloc[0]
         if not bool(run.get("privacy.stand_in")):
             continue
-        setting = next(item for item in settings_of(results.runs) if run_id in item.run_ids)
+        setting = next(item for item in results.settings if run_id in item.run_ids)
         for step in thinned(steps, 60):
             if (loss := step.get("NON_PRIVATE/loss")) is not None:
                 rows.append({"step": step["step"], "loss": loss, "method": _method(setting), "run": run_id})
@@ -215,7 +215,7 @@ def training(results: Results) -> Chart | None:
 def cost(results: Results) -> Chart | None:
     """What a run of each setting costs in time and in memory."""
     rows = []
-    settings = [item for item in settings_of(results.runs) if item.done]
+    settings = [item for item in results.settings if item.done]
     for at, setting in enumerate(settings[:MOST_ROWS], 1):
         if setting.private and not setting.value("privacy.stand_in"):
             continue
@@ -291,7 +291,7 @@ def all_figures(results: Results) -> dict[str, Chart]:
 def points(results: Results) -> list[dict[str, Any]]:
     """One point a setting: its method, budget, size and accuracy with interval."""
     rows = []
-    for setting in settings_of(results.runs):
+    for setting in results.settings:
         found = estimate(setting, ACCURACY, results.judgements(setting.run_ids))
         if found is None:
             continue
@@ -321,7 +321,7 @@ def levels(results: Results) -> Iterator[Chart]:
     found = {}
     if "zero_shot.accuracy" in done and done["zero_shot.accuracy"].dropna().nunique() == 1:
         found["zero-shot (floor)"] = float(done["zero_shot.accuracy"].dropna().iloc[0])
-    ceilings = [item for item in settings_of(results.runs) if not item.private and item.done]
+    ceilings = [item for item in results.settings if not item.private and item.done]
     if len(ceilings) == 1 and (best := estimate(ceilings[0], ACCURACY)):
         found["non-private (ceiling)"] = best.mean
     for label, value in found.items():
@@ -389,7 +389,7 @@ def finished(chart: Chart, title: str) -> Chart:
 def histories(results: Results) -> Iterator[tuple[str, list[dict[str, object]]]]:
     """Run ids with their histories: one finished run a setting, eight at most, the methods in turn."""
     by_method: dict[str, list[Setting]] = {}
-    for item in settings_of(results.runs):
+    for item in results.settings:
         if item.done:
             by_method.setdefault(item.arm, []).append(item)
     turns = (item for round in itertools.zip_longest(*by_method.values()) for item in round if item is not None)

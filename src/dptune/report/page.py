@@ -109,7 +109,7 @@ def answer(results: Results) -> str:
 
 def answers(results: Results) -> list[str]:
     """The answer in sentences, on the data that most runs were made on."""
-    settings = [item for item in settings_of(results.runs) if item.done]
+    settings = [item for item in results.settings if item.done]
     if not settings:
         return ["No run is finished yet."]
     sizes: dict[Any, int] = {}

@@ -60,11 +60,11 @@ def _of(runs: pd.DataFrame) -> list[Procedure]:
     ids = tuple(runs["run_id"])
     unit, delta = runs["privacy.unit"].iloc[0], float(runs["privacy.delta"].iloc[0])
     try:
-        plans = _plans(runs)
         # Transcripts that were begun and killed count in full.
+        plans = _transcripts(runs)
         epsilon, how = _together(tuple(event for plan, times in plans for event in plan.events() * times), delta)
         what = f"releasing all {len(runs)} runs together"
-        if (again := sum(times for _, times in plans) - len(plans)) > 0:
+        if (again := sum(times for _, times in plans) - len(runs)) > 0:
             what += f", and {again} transcripts that were begun before,"
         text = f"Epsilon of {what} is {rounded_up(epsilon):.3f} (delta = {delta:g}, unit {unit}, {how})."
         data = str(runs["provenance.data"].iloc[0]) if "provenance.data" in runs else "unknown"
@@ -81,7 +81,7 @@ def _of(runs: pd.DataFrame) -> list[Procedure]:
 
 @lru_cache(maxsize=32)
 def _together(events: tuple[Event, ...], delta: float) -> tuple[float, str]:
-    kinds = {replace(event, count=1) for event in events}
+    kinds = {replace(event, count=1) for event in set(events)}
     if len(kinds) <= MANY:
         return epsilon_all([events], delta), "PLD"
     from dptune.privacy.renyi import optimum, renyi_curve
@@ -89,10 +89,12 @@ def _together(events: tuple[Event, ...], delta: float) -> tuple[float, str]:
     return optimum(renyi_curve(events), delta)[0], "RDP"
 
 
-def _plans(runs: pd.DataFrame) -> list[tuple[PrivacyPlan, int]]:
-    plans: dict[str, PrivacyPlan] = {}
-    rows = zip(runs["privacy.plan"], runs["privacy.attempts"], strict=True)
-    return [(plans.setdefault(repr(plan), PrivacyPlan.from_dict(plan)), max(int(times), 1)) for plan, times in rows]
+def _transcripts(runs: pd.DataFrame) -> list[tuple[PrivacyPlan, int]]:
+    """Each plan, with the number of its transcripts that were begun: at least one a run, killed ones included."""
+    texts = runs["privacy.plan"].map(repr)
+    begun = runs["privacy.attempts"].astype(int).clip(lower=1).groupby(texts, sort=False).sum()
+    plans = dict(zip(texts, runs["privacy.plan"], strict=True))
+    return [(PrivacyPlan.from_dict(plans[str(text)]), int(times)) for text, times in begun.items()]
 
 
 def _repetitions(runs: pd.DataFrame) -> Repetitions | None:

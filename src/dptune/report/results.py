@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from dptune.report.intervals import Judgements
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dptune.report.settings import Setting
     from dptune.sweep import Job
 
 DONE, FAILED, RUNNING, MISSING, STALE = "done", "failed", "running or stopped", "missing", "stale"
@@ -57,6 +58,13 @@ class Results:
     def done(self) -> pd.DataFrame:
         """The finished runs."""
         return self.runs[self.runs["state"] == DONE]
+
+    @cached_property
+    def settings(self) -> tuple[Setting, ...]:
+        """The runs by setting, in the order of every table."""
+        from dptune.report.settings import settings_of
+
+        return tuple(settings_of(self.runs))
 
     def only(self, runs: pd.DataFrame) -> Results:
         """The same with other rows."""

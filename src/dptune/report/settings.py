@@ -110,15 +110,21 @@ def codes(runs: pd.DataFrame, names: Sequence[str]) -> dict[str, list[int]]:
     import pandas as pd
 
     def coded(column: pd.Series[Any]) -> list[int]:
-        if column.dtype == object:
-            column = column.map(lambda value: repr(value) if isinstance(value, list | dict) else value)
-        return [int(code) for code in pd.factorize(column, use_na_sentinel=True)[0]]
+        try:
+            found = pd.factorize(column, use_na_sentinel=True)[0]
+        except TypeError:  # Lists have no hash.
+            texts = column.map(lambda value: repr(value) if isinstance(value, list | dict) else value)
+            found = pd.factorize(texts, use_na_sentinel=True)[0]
+        codes: list[int] = found.tolist()
+        return codes
 
     return {name: coded(runs[name]) for name in names}
 
 
 def plain(column: pd.Series[Any]) -> list[Any]:
     """A column as Python values, with None for every kind of null."""
+    if not column.hasnans:
+        return column.tolist()
     return [None if value is None or value != value else value for value in column.tolist()]
 
 
@@ -190,7 +196,7 @@ def references(settings: Sequence[Setting]) -> list[Setting | None]:
         return [middle[0] if middle else None] * len(settings)
     base = next((arm for arm in arms if arm == "dp_lora" or arm.endswith("+ uniform")), arms[0])
     names = [name for name in private[0].columns if name.startswith("config.") and not name.startswith(NOT_METHOD)]
-    varied = [name for name in names if len({repr(value) for value in private[0].columns[name]}) > 1]
+    varied = [name for name in names if len({repr(item.columns[name][item.rows[0]]) for item in settings}) > 1]
 
     def rest(item: Setting) -> tuple[str, ...]:
         return tuple(repr(item.value(name)) for name in varied)

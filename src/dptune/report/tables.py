@@ -18,7 +18,7 @@ from dptune.privacy.accounting import rounded_up
 from dptune.report.intervals import Array, Estimate, Judgements, mean_over_runs, share_of_one_run
 from dptune.report.procedure import Procedure, procedures
 from dptune.report.results import DONE, STALE, Results
-from dptune.report.settings import SEED, Setting, comparable, mixed, references, settings_of, why_apart
+from dptune.report.settings import SEED, Setting, comparable, mixed, references, why_apart
 
 NONE = "–"
 
@@ -170,7 +170,7 @@ def values_of(setting: Setting, measure: Measure) -> list[float | None]:
 
 def main_table(name: str, results: Results, title: str | None = None) -> Table:
     """The results of some runs: one row a setting, seeds together, the floor first and the ceiling last."""
-    settings = settings_of(results.runs)
+    settings = results.settings
     columns = (
         Column("row", "#"),
         Column("setting", "setting"),
@@ -321,7 +321,7 @@ def lacking_runs(setting: Setting) -> str:
 
 def cost_table(name: str, results: Results) -> Table:
     """Noise, parameters, time and memory of each setting."""
-    settings = settings_of(results.runs)
+    settings = results.settings
     rows = []
     for at, setting in enumerate(settings, 1):
         sigma = {value for value in setting.values("privacy.noise_multiplier") if value is not None}
@@ -353,7 +353,7 @@ def cost_table(name: str, results: Results) -> Table:
 
 def task_table(name: str, results: Results) -> Table:
     """Accuracy of each task by setting."""
-    settings = settings_of(results.runs)
+    settings = results.settings
     tasks = [str(key).rpartition(".")[2] for key in results.runs.columns if _is_task(str(key), "metrics.")]
     rows = [task_row(results, setting, tasks, at) for at, setting in enumerate(settings, 1)]
     columns = (Column("row", "#"), Column("setting", "setting"), *(Column(task, task, "↑") for task in tasks))
@@ -385,7 +385,7 @@ def task_row(results: Results, setting: Setting, tasks: Sequence[str], at: int) 
 
 def comparison_table(name: str, results: Results) -> Table | None:
     """Methods by target epsilon, with the difference to the baseline; None where there is one method only."""
-    settings = [item for item in settings_of(results.runs) if item.done]
+    settings = [item for item in results.settings if item.done]
     arms = list(dict.fromkeys(item.arm for item in settings))
     if len(arms) < 2:
         return None
@@ -422,7 +422,7 @@ def comparison_table(name: str, results: Results) -> Table | None:
 def run_table(name: str, results: Results) -> Table:
     """Every run: where each number of the other tables comes from."""
     rows = []
-    for at, setting in enumerate(settings_of(results.runs), 1):
+    for at, setting in enumerate(results.settings, 1):
         content = setting.columns
         for row in setting.rows:
             run_id, accuracy = str(content["run_id"][row]), _optional(content, row, ACCURACY)
