@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,37 @@ def test_a_line_joins_settings_that_differ_in_epsilon_only(results: Results) -> 
     )
     rows = chart["datasets"][line["data"]["name"]]
     assert len(rows) == 4  # Two methods at two epsilons, without the settings at other learning rates.
+
+
+def scales(spec: Any, channel: str) -> list[dict[str, Any]]:
+    """Domain and range of every encoding of methods by this channel."""
+    if isinstance(spec, list):
+        return [item for part in spec for item in scales(part, channel)]
+    if not isinstance(spec, dict):
+        return []
+    encoding = spec.get(channel)
+    own = [encoding["scale"]] if isinstance(encoding, dict) and encoding.get("field") == "method" else []
+    return own + [item for part in spec.values() for item in scales(part, channel)]
+
+
+@pytest.mark.parametrize("channel", ["color", "shape", "strokeDash"])
+def test_a_method_looks_the_same_in_every_figure(tmp_path: Path, channel: str) -> None:
+    compare(tmp_path, gain=0.1, seeds=2)
+    for seed in range(2):
+        plant(tmp_path, config("none", seed), 0.9, 0.9)
+    found: dict[str, set[str]] = {}
+    figures = [chart.to_dict() for chart in all_figures(load(tmp_path)).values()]
+    for scale in (scale for spec in figures for scale in scales(spec, channel)):
+        for method, look in zip(scale["domain"], scale["range"], strict=True):
+            found.setdefault(method, set()).add(str(look))
+    assert set(found) == {"lora + adaptive", "lora + none", "lora + uniform"}
+    assert all(len(looks) == 1 for looks in found.values()) and len(set.union(*found.values())) == 3
+
+
+@pytest.mark.parametrize("name", ["privacy_utility", "parameters", "pareto", "sensitivity", "stability", "training"])
+def test_a_legend_names_the_methods(results: Results, name: str, tmp_path: Path) -> None:
+    (drawing, _) = write({name: FIGURES[name](results)}, tmp_path)
+    assert re.search(r"<text[^>]*>lora \+ adaptive</text>", drawing.read_text(encoding="utf-8"))
 
 
 def test_figures_without_their_runs_are_left_out(tmp_path: Path) -> None:

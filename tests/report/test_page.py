@@ -57,6 +57,13 @@ def test_the_page_opens_with_the_answer_and_names_what_was_left_out(page: Path) 
     assert f"{page.parent / 'outputs' / 'bad' / 'record.json'}: not readable" in text
 
 
+def test_the_page_says_how_to_make_it_again(page: Path) -> None:
+    root = page.parent / "outputs"
+    text = page.read_text(encoding="utf-8")
+    assert f"make sweep SWEEP=planted ARGS=compute.output_root={root}" in text
+    assert f"make report RECORDS={root} " in text
+
+
 def test_the_page_asks_the_network_for_nothing(page: Path) -> None:
     outline = Outline()
     outline.feed(page.read_text(encoding="utf-8"))

@@ -22,6 +22,8 @@ from dptune.report.settings import Setting
 from dptune.report.tables import ACCURACY, MEMORY, SECONDS, estimate
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00"]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"]
+DASHES = [[1, 0], [4, 2], [2, 1], [1, 1], [1, 2, 4, 2], [6, 2], [8, 2, 2, 2], [3, 3]]
 SHARE = alt.Scale(domain=[0, 1])
 WIDTH, HEIGHT = 420, 280
 Chart: TypeAlias = Any
@@ -35,11 +37,11 @@ def privacy_utility(results: Results) -> Chart | None:
         return None
     data = pd.DataFrame(rows)
     x = alt.X("epsilon:Q", title="ε spent (log scale)", scale=alt.Scale(type="log", nice=False, padding=20))
-    layers = [*levels(results), intervals(data, x), dots(data, x)]
+    layers = [*levels(results), intervals(data, x), dots(results, data, x)]
     settings = [item for item in results.settings if item.done and item.private]
     if family := _alone(results, settings, "config.privacy.target_epsilon"):
         # A line joins settings that differ in epsilon only; different settings are never averaged.
-        layers.append(lines(pd.DataFrame(family), x))
+        layers.append(lines(results, pd.DataFrame(family), x))
     return finished(alt.layer(*layers), "Accuracy by privacy budget")
 
 
@@ -52,7 +54,9 @@ def by_parameters(results: Results) -> Chart | None:
     x = alt.X(
         "trainable:Q", title="trainable parameters (log scale)", scale=alt.Scale(type="log", nice=False, padding=20)
     )
-    return finished(alt.layer(*levels(results), intervals(data, x), dots(data, x)), "Accuracy by trainable parameters")
+    return finished(
+        alt.layer(*levels(results), intervals(data, x), dots(results, data, x)), "Accuracy by trainable parameters"
+    )
 
 
 def pareto(results: Results) -> Chart | None:
@@ -71,10 +75,18 @@ def pareto(results: Results) -> Chart | None:
     x = alt.X("epsilon:Q", title="ε spent (log scale)", scale=alt.Scale(type="log", nice=False, padding=20))
     y = alt.Y("accuracy:Q", title="accuracy (share of 1)", scale=SHARE)
     step = alt.Chart(pd.DataFrame(front)).mark_line(interpolate="step-after", color="#555555", strokeDash=[4, 3])
+    data = pd.DataFrame(rows)
     marks = (
-        alt.Chart(pd.DataFrame(rows))
+        alt.Chart(data)
         .mark_point(size=80, strokeWidth=2.5)
-        .encode(x, y, colour(), shape(), opacity=alt.Opacity("front:O", title=None, scale=FRONT), tooltip=TOOLTIP)
+        .encode(
+            x,
+            y,
+            colour(results, data),
+            shape(results, data),
+            opacity=alt.Opacity("front:O", title=None, scale=FRONT),
+            tooltip=TOOLTIP,
+        )
     )
     return finished(alt.layer(step.encode(x, y), marks), "Pareto front of accuracy and ε")
 
@@ -93,10 +105,12 @@ def sensitivity(results: Results) -> Chart | None:
         title = f"{name}{UNITS.get(name, '')}{' (log scale)' if log else ''}"
         scale = alt.Scale(type="log", nice=False, padding=15) if log else alt.Scale(zero=False, padding=15)
         x = alt.X(
-            "value:Q", title=title, scale=scale, axis=alt.Axis(values=sorted(part["value"].unique()), format="~g")
+            "value:Q", title=title, scale=scale, axis=alt.Axis(values=sorted(part["value"].unique()), format=".6~g")
         )
-        layer = alt.layer(intervals(part, x), lines(part, x), dots(part, x)).properties(width=220, height=200)
-        charts.append(layer)
+        layer = alt.layer(intervals(part, x), lines(results, part, x), dots(results, part, x)).properties(
+            width=220, height=200
+        )
+        charts.append(layer.properties(width=220, height=200))
     rowed = [alt.hconcat(*charts[at : at + 3]) for at in range(0, len(charts), 3)]
     return finished(alt.vconcat(*rowed), "Sensitivity of accuracy, one dimension at a time")
 
@@ -147,7 +161,9 @@ def stability(results: Results) -> Chart | None:
         .encode(alt.X("min(accuracy):Q", title=title, scale=SHARE), alt.X2("max(accuracy):Q"), y)
     )
     tick = (
-        alt.Chart(data).mark_point(size=60, strokeWidth=2.5, opacity=1).encode(x, y, colour(), shape(), tooltip=TOOLTIP)
+        alt.Chart(data)
+        .mark_point(size=60, strokeWidth=2.5, opacity=1)
+        .encode(x, y, colour(results, data), shape(results, data), tooltip=TOOLTIP)
     )
     return finished(alt.layer(bar, tick).properties(width=WIDTH, height=alt.Step(34)), "Stability over settings")
 
@@ -197,14 +213,15 @@ def training(results: Results) -> Chart | None:
                 rows.append({"step": step["step"], "loss": loss, "method": _method(setting), "run": run_id})
     if not rows:
         return None
+    data = pd.DataFrame(rows)
     chart = (
-        alt.Chart(pd.DataFrame(rows))
+        alt.Chart(data)
         .mark_line(opacity=0.8)
         .encode(
             alt.X("step:Q", title="step"),
             alt.Y("loss:Q", title="training loss, nats a response (not private)", scale=alt.Scale(zero=True)),
-            colour(),
-            dash(),
+            colour(results, data),
+            dash(results, data),
             detail="run:N",
             tooltip=["run", "method", "step", alt.Tooltip("loss:Q", format=".3f")],
         )
@@ -233,7 +250,7 @@ def cost(results: Results) -> Chart | None:
         bar = (
             alt.Chart(part)
             .mark_bar()
-            .encode(alt.X("value:Q", title=title), y, colour(), tooltip=["setting", "value", "n"])
+            .encode(alt.X("value:Q", title=title), y, colour(results, data), tooltip=["setting", "value", "n"])
         )
         rule = alt.Chart(part).mark_rule(strokeWidth=1.5).encode(alt.X("low:Q"), alt.X2("high:Q"), y)
         charts.append(alt.layer(bar, rule).properties(width=240, height=alt.Step(20)))
@@ -333,18 +350,20 @@ def levels(results: Results) -> Iterator[Chart]:
         yield alt.layer(rule, text.encode(y, x=alt.value(0), text="label:N"))
 
 
-def dots(data: pd.DataFrame, x: alt.X) -> Chart:
+def dots(results: Results, data: pd.DataFrame, x: alt.X) -> Chart:
     """One mark a setting."""
     y = alt.Y("accuracy:Q", title="accuracy (share of 1)", scale=SHARE)
     return (
-        alt.Chart(data).mark_point(size=70, strokeWidth=2.5, opacity=1).encode(x, y, colour(), shape(), tooltip=TOOLTIP)
+        alt.Chart(data)
+        .mark_point(size=70, strokeWidth=2.5, opacity=1)
+        .encode(x, y, colour(results, data), shape(results, data), tooltip=TOOLTIP)
     )
 
 
-def lines(data: pd.DataFrame, x: alt.X) -> Chart:
+def lines(results: Results, data: pd.DataFrame, x: alt.X) -> Chart:
     """A method's settings in the order of what they differ in."""
     y = alt.Y("accuracy:Q", title="accuracy (share of 1)", scale=SHARE)
-    return alt.Chart(data).mark_line(color="#999999").encode(x, y, dash(legend=None))
+    return alt.Chart(data).mark_line(color="#999999").encode(x, y, dash(results, data))
 
 
 def intervals(data: pd.DataFrame, x: alt.X) -> Chart:
@@ -353,19 +372,26 @@ def intervals(data: pd.DataFrame, x: alt.X) -> Chart:
     return alt.Chart(data).mark_rule(strokeWidth=1.5, color="#777777").encode(x, y, alt.Y2("high:Q"))
 
 
-def colour() -> alt.Color:
+def colour(results: Results, data: pd.DataFrame) -> alt.Color:
     """Methods by colour."""
-    return alt.Color("method:N", title="method", scale=alt.Scale(range=COLOURS), legend=_legend())
+    return alt.Color("method:N", title="method", scale=_looks(results, data, COLOURS), legend=_legend())
 
 
-def shape() -> alt.Shape:
+def shape(results: Results, data: pd.DataFrame) -> alt.Shape:
     """Methods by shape."""
-    return alt.Shape("method:N", title="method", legend=_legend())
+    return alt.Shape("method:N", title="method", scale=_looks(results, data, SHAPES), legend=_legend())
 
 
-def dash(**options: Any) -> alt.StrokeDash:
+def dash(results: Results, data: pd.DataFrame) -> alt.StrokeDash:
     """Methods by dash."""
-    return alt.StrokeDash("method:N", title="method", **{"legend": _legend(), **options})
+    return alt.StrokeDash("method:N", title="method", scale=_looks(results, data, DASHES), legend=_legend())
+
+
+def _looks(results: Results, data: pd.DataFrame, looks: Sequence[Any]) -> alt.Scale:
+    """A method looks the same in every figure, whichever other methods a figure shows."""
+    every = sorted({item.arm for item in results.settings})
+    shown = sorted(data["method"].unique())
+    return alt.Scale(domain=shown, range=[looks[every.index(name) % len(looks)] for name in shown])
 
 
 def _legend() -> alt.Legend:

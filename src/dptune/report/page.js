@@ -72,6 +72,7 @@ const list = (title, values, parent) => {
 const curve = (run, key, title) => ({
   $schema: "https://vega.github.io/schema/vega-lite/v6.json",
   description: `${title} by step`,
+  background: "white",
   width: 340,
   height: 180,
   data: { values: run.history.filter((row) => row[key] !== null && row[key] !== undefined) },

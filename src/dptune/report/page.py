@@ -145,10 +145,11 @@ def answers(results: Results) -> list[str]:
     if len(floors) == 1:
         ceiling = f", and without privacy {max(ceilings):.3f}" if ceilings else ""
         texts.append(f"Before training the accuracy is {floors.pop():.3f}{ceiling}.")
-    texts += [item.text for item in procedures(results.runs)]
     if len(sizes) > 1:
-        texts.append(f"This is the data that most runs used; {len(sizes) - 1} more are in the tables below.")
-    return texts
+        texts.append(
+            f"These are accuracies on the data and backbone of most runs; {len(sizes) - 1} more are in the tables."
+        )
+    return texts + [item.text for item in procedures(results.runs)]
 
 
 def left_out(results: Results) -> str:
@@ -175,7 +176,8 @@ def claim_section(found: Sequence[Claim]) -> str:
         parts.append(f'<div class="claim"><h3>{head}</h3>{_paragraphs(lines)}{runs}</div>')
     note = (
         "The claims of arXiv:2512.06711 as its abstract states them, tested on these records; the paper's own numbers "
-        "are not available and none is shown."
+        "are not available and none is shown. An interval is for its claim alone; p-values, and with them verdicts, "
+        "are corrected for testing all claims."
     )
     return f'<section id="claims"><h2>Claims</h2><p class="note">{note}</p>{"".join(parts)}</section>'
 
@@ -188,7 +190,7 @@ def sweep_section(name: str, title: str, tables: Sequence[Table], figures: Mappi
         parts.append(f"<details><summary>{escape(table.title)}</summary>{table_html(table)}</details>")
     if figures:
         plots = "".join(
-            f'<figure tabindex="0" aria-label="{escape(text)}">'
+            f'<figure tabindex="0" aria-label="{escape(text)}" class="{_width(key)}">'
             f'<div class="plot" data-figure="{escape(name)}/{key}"></div>'
             f"<figcaption>{escape(READING[key])}</figcaption></figure>"
             for key, text in figures.items()
@@ -252,6 +254,8 @@ def run_details(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
     return _finite(found), _finite(common)
 
 
+SPREADING = ("sensitivity", "tasks", "noise_allocation", "cost")
+"""Figures that need the whole width."""
 READING = {
     "privacy_utility": "Higher and further left is better. Bars are 95 % intervals; a line joins settings that differ "
     "in ε only.",
@@ -320,7 +324,10 @@ def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
 def how_to(results: Results) -> str:
     """Commands that make the numbers and this page again."""
     sweeps = sorted(results.runs["sweep"].dropna().unique()) if "sweep" in results.runs else []
-    lines = [f"make sweep SWEEP={name}" for name in sweeps] + ["make report    # this page, from the records"]
+    root = results.root.as_posix()
+    where, records = ("", "") if root == "outputs" else (f" ARGS=compute.output_root={root}", f" RECORDS={root}")
+    lines = [f"make sweep SWEEP={name}{where}" for name in sweeps]
+    lines.append(f"make report{records}    # this page, from the records")
     commits = sorted(results.done["provenance.git"].dropna().unique()) if "provenance.git" in results.done else []
     note = f"The code was at {', '.join(str(commit)[:12] for commit in commits)}." if commits else ""
     return (
@@ -391,6 +398,10 @@ def _history(results: Results, columns: Mapping[str, Sequence[Any]], row: int) -
         {short: float(f"{step[name]:.4g}") for name, short in names.items() if isinstance(step.get(name), int | float)}
         for step in kept
     ]
+
+
+def _width(figure: str) -> str:
+    return "spread" if figure in SPREADING else "half"
 
 
 def _title(spec: Mapping[str, Any]) -> str:
