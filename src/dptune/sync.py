@@ -32,7 +32,8 @@ MARKER = ".wandb-uploaded"
 def sync(arguments: Sequence[str]) -> None:
     """`dptune sync [SWEEP] [key=value ...]`: upload what is finished and not uploaded yet, and a table of each sweep.
 
-    Keys that begin with `tracking.` say where to and what, over what the runs were made with; others choose runs.
+    Keys that begin with `tracking.` say where to and what, over what the runs were made with; others choose runs, and
+    then no table is uploaded.
 
     Raises:
         ConfigError: without an account, or for settings that are not known.
@@ -49,11 +50,14 @@ def sync(arguments: Sequence[str]) -> None:
             "or write files without one with tracking=wandb_offline"
         )
     request = Request.of([item for item in arguments if item not in ours])
+    # The table of some runs of a sweep must not replace that of all.
+    whole = all(item.startswith("compute.output_root=") for item in request.filters)
     uploaded, there, failed = 0, 0, 0
     for name, results in selected(request):
         jobs = {run_id: partial(upload, request.root / run_id, overrides) for run_id in results.done["run_id"]}
-        table = main_table(name, results, titled(name))
-        jobs[f"the table of {name}"] = partial(upload_table, name, table, request.root, settings)
+        if whole:
+            table = main_table(name, results, titled(name))
+            jobs[f"the table of {name}"] = partial(upload_table, name, table, request.root, settings)
         for what, job in jobs.items():
             try:
                 if job():
@@ -63,7 +67,7 @@ def sync(arguments: Sequence[str]) -> None:
             except Exception as error:
                 failed += 1
                 print(f"dptune: {what} was not uploaded: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    print(f"{uploaded} uploaded, {there} there already (runs, and one table a sweep)")
+    print(f"{uploaded} uploaded, {there} there already (runs and tables of sweeps)")
     if failed:
         raise RunFailed(f"{failed} not uploaded, named above; the same command tries them again")
 
