@@ -66,6 +66,18 @@ def test_nf4_takes_the_nearest_level_of_each_block(shape: tuple[int, int]) -> No
     assert codes[0] >> 4 == np.abs(flat[0] / max(np.abs(flat[:BLOCK]).max(), 1e-300) - LEVELS).argmin()
 
 
+def test_nf4_codes_are_those_of_bitsandbytes() -> None:
+    """Bytes that version 0.50.2 made with blocks of 64 and scales that are not rounded."""
+    index = torch.arange(140)
+    given = ((index * 7919 % 101 - 50) * (1 + index // 64)).float().reshape(2, 70) / 32
+    codes, scales = FORMATS["nf4"].encode(given)
+    assert bytes(codes.tolist()).hex() == (
+        "05d2a06e2b06e3b17e3c18f4c18f4d19f5d2a05e2b06e2b17e3c18e3c18f4d19f5d2a0"
+        "5e2a06e2b07e3c17e3c18f4d19f4d1905d2a06e2b06e3b17e3c18f4c18f4d19f5d2a05"
+    )
+    assert scales.flatten().tolist() == [1.5625, 3.125, 4.6875]
+
+
 def test_nf4_levels_are_quantiles_of_a_normal_distribution() -> None:
     """Eight above and seven below zero, each side evenly spaced in probability up to 0.9677083 (arXiv:2305.14314)."""
     end = 0.5 * ((1 - 1 / 30) + (1 - 1 / 32))
