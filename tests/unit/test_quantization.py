@@ -17,6 +17,7 @@ from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.layers import linear_layers, output_head
 from dptune.models.quantization import BLOCK, FORMATS, NF4_LEVELS, quantize, rounded_layers, stored_bytes
+from dptune.models.state import AdapterState
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import LoopEngine
 
@@ -212,6 +213,12 @@ def test_rounded_layers_keep_the_number_format_of_the_backbone() -> None:
     assert all(
         value.grad is not None and value.grad.dtype == torch.float32 for value in adapters.trainable(model).values()
     )
+
+
+def test_a_checkpoint_holds_no_rounded_weight() -> None:
+    """Their layers own the biases that BitFit trains."""
+    model = adapted(pair("gpt2", "int8")[0], "bitfit")
+    assert AdapterState(model).state_dict()["tensors"].keys() == adapters.trainable(model).keys()
 
 
 def test_none_leaves_the_backbone_as_it_is() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dptune.models.adapters import trainable
+from dptune.models.quantization import RoundedLayer
 
 
 class AdapterState:
@@ -49,7 +50,9 @@ class AdapterState:
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = dict(trainable(self.model))
         for name, module in self.model.named_modules():
-            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            # The codes of a rounded weight are no less frozen when the bias beside them is trained.
+            own = [value for value in module.parameters(recurse=False) if value.requires_grad]
+            if own and not isinstance(module, RoundedLayer):
                 tensors |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
         return tensors
 
