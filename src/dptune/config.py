@@ -172,6 +172,9 @@ class PrivacyConfig:
     """Steps after which a random, history or rgp subspace is drawn anew."""
     projection_noise_multiplier: float | None = _number(None, above=0)
     """Noise multiplier of finding a private subspace."""
+    score_noise_multiplier: float | None = _number(None, above=0)
+    """Count the right answers on the private validation split, with Gaussian noise of this standard deviation, as the
+    score that a search chooses by (SPECIFICATION.md 8.2). Null: no score; the validation split is not looked at."""
     noise_mode: str = _one_of("auto", "reproducible", "secure")
     """`secure`: keys from the operating system, never stored. `reproducible`: from the seed, so that the epsilon is
     accounted but not realised for anyone who knows the seed. `auto`: reproducible for public stand-in data,
@@ -473,6 +476,8 @@ def run_id(config: Config) -> str:
     keyed by `local_key`, so that a published id tells nothing about the file.
     """
     identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
+    if config.privacy.score_noise_multiplier is None:
+        del identity["privacy"]["score_noise_multiplier"]  # Runs from before it keep their names.
     if config.model.path is not None:
         # The path is what is loaded; where the Hub has the same is not part of it.
         identity["model"] |= {"path": content_hash(Path(config.model.path)), "repo": None, "revision": None}
@@ -622,6 +627,8 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "privacy.examples_per_user is for users: set privacy.unit=user_els or user_uls, or leave it out"
         )
+    if privacy.score_noise_multiplier is not None:
+        _check_score(config)
     _check_data(data)
     _check_model(config.model)
     if privacy.unit == "example" and data.train_size is not None:
@@ -657,6 +664,24 @@ def _check_model(model: ModelConfig) -> None:
     elif model.name not in EMBEDDED:
         raise ConfigError(
             f"model={model.name} needs model.path=..., a folder in Hugging Face format or a .gguf file (or model.repo)"
+        )
+
+
+def _check_score(config: Config) -> None:
+    """What the proof of the score rests on (SPECIFICATION.md 8.2)."""
+    privacy, data = config.privacy, config.data
+    given = f"privacy.score_noise_multiplier={privacy.score_noise_multiplier:g}"
+    if not privacy.enabled:
+        raise ConfigError(f"{given} with privacy=none: a non-private run cannot be chosen privately; leave it out")
+    if privacy.unit != "example":
+        raise ConfigError(
+            f"{given} with privacy.unit={privacy.unit}: one user may change many answers; set privacy.unit=example, "
+            "or leave the score out"
+        )
+    if data.on_bad == "skip" and (data.split_by == "user" or data.columns.id is not None):
+        raise ConfigError(
+            f"{given} with data.on_bad=skip: whether a record is kept may depend on others of its user or id; "
+            "set data.on_bad=error"
         )
 
 

@@ -112,6 +112,12 @@ class Privacy:
     attempts: int = 1
     """Transcripts that were begun for this run, forced ones included; going on from a checkpoint begins none. `epsilon`
     is for one of them."""
+    score: float | None = None
+    """Number of right answers on the validation split, with noise: what a search chooses by. It is in `epsilon`."""
+    score_noise_multiplier: float | None = None
+    """Standard deviation of its noise."""
+    score_of: int | None = None
+    """Number of validation records."""
     stand_in: bool = False
     """The data is public: epsilon is stated as if it were private."""
     groups: dict[str, GroupPrivacy] = field(default_factory=dict)
@@ -403,7 +409,7 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-NOT_NUMBERS = ("report", "cli.py", "sweep.py", "status.py", "tracking.py", "lease.py", "sync.py")
+NOT_NUMBERS = ("report", "cli.py", "sweep.py", "search.py", "status.py", "tracking.py", "lease.py", "sync.py")
 """Parts of the package that only look at runs, or decide when they are done."""
 
 

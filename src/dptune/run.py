@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,8 @@ from dptune.lease import Claim, ClaimLost, claimed, holder
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
 from dptune.models.state import AdapterState
-from dptune.privacy.accounting import Reported, rounded_up
+from dptune.privacy.accounting import Reported, calibrate, rounded_up
+from dptune.privacy.accounting import epsilon as accountant
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.batch_shape import fixed_shape_engine
 from dptune.privacy.engines import checked_engine
@@ -46,6 +47,7 @@ from dptune.privacy.gradients import Engine
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
+from dptune.privacy.selection import noisy_score, score_event
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records import (
     ADAPTER_FOLDER,
@@ -60,6 +62,7 @@ from dptune.records import (
     read,
     write_atomically,
 )
+from dptune.text_metrics import Written
 from dptune.training import checkpoint
 from dptune.training.checkpoint import Checkpoint, CheckpointError
 from dptune.training.loop import Step, train
@@ -271,10 +274,7 @@ def start_of(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
 
 def prepare(config: Config, identity: str) -> Prepared:
     """Data, plan, backbone with its fresh adapter, and keys. Raises ConfigError; writes nothing but caches."""
-    tokens: Callable[[Example], int] | None = None
-    if config.data.on_long == "error":
-        tokens = token_counter(load_backbone(config).tokenizer, config.data.template)
-    data = load_data(config, tokens)
+    data = data_of(config)
     plan = make_plan(config, data)
     backbone = load_backbone(config)
     check_free_form(backbone, data)
@@ -292,6 +292,14 @@ def prepare(config: Config, identity: str) -> Prepared:
     name = "/".join((identity, data.fingerprint, backbone.fingerprint, plan.fingerprint()))
     keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
     return Prepared(data, plan, backbone, model, keys, engine)
+
+
+def data_of(config: Config) -> Dataset:
+    """The data of a run; the tokenizer is loaded only where records that are too long are bad."""
+    tokens: Callable[[Example], int] | None = None
+    if config.data.on_long == "error":
+        tokens = token_counter(load_backbone(config).tokenizer, config.data.template)
+    return load_data(config, tokens)
 
 
 def load_backbone(config: Config) -> Backbone:
@@ -366,11 +374,35 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or 1),),
             noise_mode=mode,
         )
-        if privacy.target_epsilon is None or not plan.events():
-            return plan
-        return calibrated(plan, privacy.target_epsilon)
+        if privacy.target_epsilon is not None and plan.events():
+            plan = calibrated(plan, privacy.target_epsilon)
+        if privacy.score_noise_multiplier is not None:
+            check_score(privacy.score_noise_multiplier, privacy.target_epsilon, plan, len(data.validation))
+        return plan
     except PlanError as error:
         raise ConfigError(str(error)) from None
+
+
+def check_score(noise_multiplier: float, target_epsilon: float | None, plan: PrivacyPlan, records: int) -> None:
+    """Raises ConfigError when the score on so many validation records would cost more than the run may."""
+    field = f"privacy.score_noise_multiplier={noise_multiplier:g}"
+    if not records:
+        raise ConfigError(f"{field} needs validation records, there are none; see data.validation_size and data.splits")
+    if plan.delta > 1 / records:
+        raise ConfigError(f"{field}: privacy.delta={plan.delta:g} is above one over the {records} validation records")
+    limit = target_epsilon or plan.epsilon()
+    if limit and (own := score_epsilon(noise_multiplier, plan.delta)) > limit:
+        least = calibrate(lambda sigma: [score_event(sigma)], limit, plan.delta)
+        raise ConfigError(
+            f"{field} alone costs epsilon {rounded_up(own):.3f}, more than the {limit:g} of the run; "
+            f"take at least {least:g}, or leave the score out"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def score_epsilon(noise_multiplier: float, delta: float) -> float:
+    """Epsilon of the score alone."""
+    return accountant([score_event(noise_multiplier)], delta)
 
 
 @functools.lru_cache(maxsize=256)
@@ -394,10 +426,10 @@ def execute(
     sequence_length = config.environment.sequence_length
     seen = {example.input for example in data.train} if data.public or not plan.private else None
 
-    examples = evaluation.judged(data.test, config.evaluation.prompts)
-
-    def measure(model: torch.nn.Module) -> tuple[list[evaluation.Judgement], Metrics]:
-        judgements, written = evaluation.judge(
+    def judged(
+        model: torch.nn.Module, examples: Sequence[Example], seen: Collection[str] | None
+    ) -> tuple[list[evaluation.Judgement], list[Written]]:
+        return evaluation.judge(
             model.eval(),
             prepared.backbone.tokenizer,
             examples,
@@ -408,6 +440,11 @@ def execute(
             max_new_tokens=config.evaluation.max_new_tokens,
             template=config.data.template,
         )
+
+    examples = evaluation.judged(data.test, config.evaluation.prompts)
+
+    def measure(model: torch.nn.Module) -> tuple[list[evaluation.Judgement], Metrics]:
+        judgements, written = judged(model, examples, seen)
         return judgements, evaluation.summarise(judgements, written)
 
     record.parameters = adapters.count(model)
@@ -441,6 +478,10 @@ def execute(
     folder.claim.check()
     write_atomically(folder.path / EVALUATION_FILE, "".join(lines))
     save_adapter(model, folder.path / ADAPTER_FOLDER)
+    if config.privacy.score_noise_multiplier is not None:
+        # One at a time: beside others a record would be padded, and its rounding would depend on them.
+        right = sum(judged(model, [example], None)[0][0].correct for example in data.validation)
+        record.privacy = scored(record.privacy, right, len(data.validation), config, prepared)
     record.cost = Cost(
         seconds=time.perf_counter() - begin + earlier,
         training_seconds=training_seconds,
@@ -714,6 +755,22 @@ def privacy_of(
         groups=groups or {},
         accountants={name: dataclasses.asdict(value) for name, value in side_by_side(plan).items()},
         plan=plan.to_dict(),
+    )
+
+
+def scored(guarantee: Privacy, right: int, records: int, config: Config, prepared: Prepared) -> Privacy:
+    """The guarantee of a run that also releases its score.
+
+    No record is both trained on and counted, so that the larger epsilon holds (SPECIFICATION.md 8.2).
+    """
+    sigma = config.privacy.score_noise_multiplier
+    assert sigma is not None and guarantee.epsilon is not None
+    return dataclasses.replace(
+        guarantee,
+        epsilon=max(guarantee.epsilon, score_epsilon(sigma, prepared.plan.delta)),
+        score=noisy_score(right, sigma, prepared.keys),
+        score_noise_multiplier=sigma,
+        score_of=records,
     )
 
 

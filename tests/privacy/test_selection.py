@@ -7,14 +7,23 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dptune.privacy import selection
 from dptune.privacy.accounting import Event, epsilon, rounded_up
 from dptune.privacy.events import PlanError
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.renyi import epsilon_rdp
-from dptune.privacy.selection import Repetitions, epsilon_all, epsilon_basic, epsilon_best, statement
-from dptune.privacy.streams import KeyRing
+from dptune.privacy.selection import (
+    Repetitions,
+    epsilon_all,
+    epsilon_basic,
+    epsilon_best,
+    noisy_score,
+    score_event,
+    statement,
+)
+from dptune.privacy.streams import KeyRing, grid_of
 
 RUN = [Event(1.0, 0.0256, 200)]
 DELTA = 1e-5
@@ -146,3 +155,91 @@ def test_a_poisson_mean_below_one_has_no_proven_bound() -> None:
     with pytest.raises(PlanError, match="Poisson: at least"):
         Repetitions(0.5, math.inf)
     assert epsilon_best([RUN], Repetitions(1.0, math.inf), DELTA) >= epsilon(RUN, DELTA)
+
+
+def exact_delta_of_best(
+    epsilon_: float, density: np.ndarray, other: np.ndarray, scores: np.ndarray, cell: float, mean: float
+) -> float:
+    """Exact delta of releasing output and score of the best of a geometric number of runs, by quadrature.
+
+    Args:
+        epsilon_: where delta is wanted.
+        density: of (score, output) of one run, on a grid of shape (scores, outputs).
+        other: the same for the neighbour.
+        scores: the grid's scores, ascending.
+        cell: area of one cell.
+        mean: expected number of runs.
+    """
+
+    def best(joint: np.ndarray) -> np.ndarray:
+        marginal = joint.sum(axis=1) * cell / (scores[1] - scores[0])
+        below = np.cumsum(marginal) - marginal / 2
+        below *= scores[1] - scores[0]
+        gamma = 1 / mean
+        # Density of the maximum of K draws is the derivative of K's generating function at the distribution function.
+        return joint * (gamma / (1 - (1 - gamma) * below) ** 2)[:, None]
+
+    p, q = best(density), best(other)
+    return max(float(np.maximum(a - math.exp(epsilon_) * b, 0).sum() * cell) for a, b in ((p, q), (q, p)))
+
+
+@pytest.mark.parametrize(("sigma", "sigma_score"), [(1.0, 2.0), (2.0, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("neighbour", ["training", "validation"])
+def test_the_best_run_is_as_private_as_stated_for_either_kind_of_record(
+    sigma: float, sigma_score: float, neighbour: str
+) -> None:
+    """One record moves the output, which the score looks at, or the score itself: against the exact distribution."""
+    mean, delta_ = 4.0, 1e-4
+    x, s = np.linspace(-14, 15, 700), np.linspace(-24, 25, 1200)
+    cell = float((x[1] - x[0]) * (s[1] - s[0]))
+
+    def joint(moves_output: float, moves_score: float) -> np.ndarray:
+        output = np.exp(-((x - moves_output) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
+        centre = x[None, :] + moves_score
+        score = np.exp(-((s[:, None] - centre) ** 2) / (2 * sigma_score**2)) / (sigma_score * math.sqrt(2 * math.pi))
+        return output[None, :] * score
+
+    other = joint(1.0, 0.0) if neighbour == "training" else joint(0.0, 1.0)
+    trained = [Event(sigma, 1.0)]
+    stated = epsilon_best([trained, [score_event(sigma_score)]], Repetitions(mean, 1.0), delta_)
+    assert exact_delta_of_best(stated, joint(0.0, 0.0), other, s, cell, mean) <= delta_
+    # The quadrature finds what is there: at an epsilon that is far too small there is more.
+    single = epsilon(trained if neighbour == "training" else [score_event(sigma_score)], delta_)
+    assert exact_delta_of_best(single / 2, joint(0.0, 0.0), other, s, cell, mean) > delta_
+
+
+@pytest.mark.parametrize(("sigma", "sigma_score", "eta"), [(1.5, 3.0, 0.0), (3.0, 1.5, 1.0), (2.0, 2.0, 0.5)])
+def test_epsilon_of_a_search_by_the_published_formula(sigma: float, sigma_score: float, eta: float) -> None:
+    """Theorem 2 of arXiv:2110.03620 written out for Gaussians, minimised over real orders."""
+    mean, delta_ = 6.0, 1e-5
+    gamma = Repetitions(mean, eta).gamma
+
+    def curve(order: float) -> float:
+        return max(order / (2 * sigma**2), order / (2 * sigma_score**2))
+
+    hat = min(
+        (1 + eta) * ((1 - 1 / order) * curve(order) + math.log(1 / gamma) / order)
+        for order in np.linspace(1.001, 200, 200_000)
+    )
+
+    def converted(order: float) -> float:
+        divergence = curve(order) + hat + math.log(mean) / (order - 1)
+        return divergence + math.log1p(-1 / order) - math.log(delta_ * order) / (order - 1)
+
+    oracle = min(converted(order) for order in np.linspace(1.01, 200, 200_000))
+    found = epsilon_best([[Event(sigma, 1.0)], [score_event(sigma_score)]], Repetitions(mean, eta), delta_)
+    assert oracle <= found <= oracle * 1.001
+
+
+def test_the_score_is_an_honest_gaussian_on_a_public_grid() -> None:
+    scores = np.array([noisy_score(7, 3.0, KeyRing.reproducible(seed, "run")) for seed in range(4_000)])
+    assert abs(scores.mean() - 7) < 4 * 3.0 / math.sqrt(scores.size)
+    assert abs(scores.std() / 3.0 - 1) < 4 / math.sqrt(2 * scores.size)
+    assert np.all(scores % grid_of(3.0) == 0)
+    assert stats.kstest((scores - 7) / 3.0, "norm").pvalue > 1e-3
+
+
+def test_a_score_that_has_the_smaller_curve_is_free() -> None:
+    repetitions = Repetitions(8.0, math.inf)
+    assert epsilon_best([RUN, [score_event(20.0)]], repetitions, DELTA) == epsilon_best([RUN], repetitions, DELTA)
+    assert epsilon_best([RUN, [score_event(0.5)]], repetitions, DELTA) > epsilon_best([RUN], repetitions, DELTA)

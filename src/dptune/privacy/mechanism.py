@@ -33,10 +33,7 @@ from dptune.privacy.allocation import (
 )
 from dptune.privacy.clipping import ClippedSum, ClipRule, clip_and_sum
 from dptune.privacy.plan import PrivacyPlan
-from dptune.privacy.streams import KeyRing, Purpose
-
-GRID_BITS = 10
-"""Released sums are rounded to a power of two of at most 2^-10 of the noise (SPECIFICATION.md 10.3)."""
+from dptune.privacy.streams import KeyRing, Purpose, grid_of
 
 _BITS = "quantile bits"  # name of the noise stream of the quantile tracker
 
@@ -397,7 +394,7 @@ class Mechanism:
 
 def round_to_grid(values: Tensor, std: float) -> Tensor:
     """Round to multiples of the largest power of two that is at most std / 2^10 (10.3)."""
-    grid = 2.0 ** (math.frexp(std)[1] - 1 - GRID_BITS)
+    grid = grid_of(std)
     return (values / grid).round() * grid
 
 

@@ -21,7 +21,7 @@ from dptune.privacy.accounting import rounded_up
 from dptune.privacy.events import Event, PlanError
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.renyi import ORDERS, delta_at, optimum, renyi_curve
-from dptune.privacy.streams import KeyRing, Purpose
+from dptune.privacy.streams import KeyRing, Purpose, grid_of
 
 Rule = Literal["all", "best_of_grid", "best_of_random", "per_run"]
 
@@ -118,16 +118,39 @@ class Repetitions:
         return run + (1 + self.eta) * min(hat, spread) + math.log(self.mean) / (orders - 1)
 
 
+def score_event(noise_multiplier: float) -> Event:
+    """What a noisy count of right answers is to an accountant: a Gaussian of sensitivity 1 (SPECIFICATION.md 8.2)."""
+    return Event(noise_multiplier, 1.0)
+
+
+def noisy_score(right: int, noise_multiplier: float, keys: KeyRing) -> float:
+    """The score that a search chooses by: the number of right answers on the validation split, with noise.
+
+    Args:
+        right: the exact number, each answer a function of its own record and of released weights.
+        noise_multiplier: standard deviation of the noise; one record changes the number by at most 1.
+        keys: of the run.
+    """
+    noise = noise_multiplier * float(keys.stream(Purpose.SCORE).normal(1)[0])
+    grid = grid_of(noise_multiplier)
+    return round((right + noise) / grid) * grid
+
+
+def curve_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions) -> NDArray[np.float64]:
+    """Rényi curve at ``ORDERS`` of releasing only the best of K runs; arguments as for :func:`epsilon_best`."""
+    return repetitions.renyi_curve(np.max([renyi_curve(events) for events in candidates], axis=0))
+
+
 def epsilon_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions, delta: float) -> float:
     """Epsilon at ``delta`` of releasing only the best of K runs, by Rényi DP.
 
     Args:
-        candidates: events of every config that the prior can draw; the curve is the largest at each order.
+        candidates: events of every config that the prior can draw, and those of the score, which is counted on
+            other records than those trained on (SPECIFICATION.md 8.2); the curve is the largest at each order.
         repetitions: distribution of K.
         delta: target delta.
     """
-    curve = np.max([renyi_curve(events) for events in candidates], axis=0)
-    return optimum(repetitions.renyi_curve(curve), delta)[0]
+    return optimum(curve_best(candidates, repetitions), delta)[0]
 
 
 @dataclass(frozen=True)

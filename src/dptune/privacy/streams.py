@@ -9,6 +9,7 @@ only in where the master key comes from.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 NoiseMode = Literal["secure", "reproducible"]
+
+GRID_BITS = 10
+"""Released values are multiples of the largest power of two that is at most their noise / 2**GRID_BITS (10.3)."""
 
 _KEY_BYTES = 32
 _CHUNK = 1 << 17  # normals drawn at a time: bounds the memory of a long draw to a few megabytes
@@ -41,7 +45,9 @@ class Purpose(StrEnum):
     CANARY = "canary"
     """Construction and inclusion of canaries."""
     SWEEP_K = "sweep_k"
-    """The secret number of runs of a private selection."""
+    """The secret number of runs of a private selection, and their configs."""
+    SCORE = "score"
+    """Noise of the score that a private selection chooses by (secret)."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,11 @@ class Stream:
         block = hashlib.shake_256(self._key + self._call.to_bytes(8, "little"))
         self._call += 1
         return block.digest(n)
+
+
+def grid_of(std: float) -> float:
+    """Spacing of the public grid of values that are released with noise ``std`` > 0."""
+    return 2.0 ** (math.frexp(std)[1] - 1 - GRID_BITS)
 
 
 def _encode(*parts: str | int) -> bytes:
