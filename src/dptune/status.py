@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,10 @@ def of_sweep(name: str, jobs: Sequence[Job], arguments: Sequence[str]) -> str:
     found = []
     for job in jobs:
         setting = ", ".join(item.split(".", 1)[-1] for item in job.varied)
-        found.append(of_run(Path(job.config.compute.output_root) / job.run_id, setting))
+        state = of_run(Path(job.config.compute.output_root) / job.run_id, setting)
+        if job.is_search and state.state == State.MISSING:
+            state = replace(state, why="the search is not finished")
+        found.append(state)
     command = shlex.join(["dptune", "-m", f"sweeps={name}", *arguments])
     return "\n".join([f"Sweep {name}: {counts(found)}", *rows(found), *advice(found, command)])
 

@@ -7,10 +7,13 @@ joined, so that "each setting varied alone around a reference" is one file. Both
 A file may be made of others: `include: [hyperparameter/rank, ...]` puts their runs behind its own. Each axis of an
 included file brings along what that file sets and its `common`; like any axis it wins over the `common` of the file
 that includes it. Runs that are the same in several files appear once, and belong to the sweep that was asked for.
+
+A search (sweeper `random`) has `prior` instead of `axes`, one grid of candidates, and releases one run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +52,8 @@ class Job:
     """All overrides, as given to Hydra."""
     varied: tuple[str, ...]
     """What sets it apart: those that take several values, in the file or on the command line, and those of its axis."""
+    is_search: bool = False
+    """It is the run that a search releases: its config is known when the search is finished."""
 
 
 def grid(overrides: Iterable[str]) -> list[list[str]]:
@@ -167,6 +172,13 @@ def jobs_of(
     return list(jobs.values())
 
 
+def released_by(candidates: Sequence[Job], mean: float, eta: float) -> Job:
+    """The run that a search among some candidates releases; its name is a hash of them and of how many are tried."""
+    text = json.dumps([[job.run_id for job in candidates], float(mean), str(float(eta))])
+    first = candidates[0]
+    return Job(hashlib.sha256(text.encode()).hexdigest()[:12], first.config, first.overrides, (), is_search=True)
+
+
 def compose(
     loader: ConfigLoader, master: DictConfig, overrides: Sequence[str], composed: dict[tuple[str, ...], DictConfig]
 ) -> DictConfig:
@@ -194,7 +206,7 @@ def without_hydra(tree: DictConfig) -> DictConfig:
 
 
 def load(name: str, arguments: Sequence[str] = ()) -> list[Job]:
-    """The runs of the sweep `name` with some overrides on top, without running anything.
+    """The runs of the sweep `name` with some overrides on top, without running anything; of a search the released one.
 
     Raises:
         ConfigError: for an unknown name or a job that cannot be run.
@@ -205,5 +217,8 @@ def load(name: str, arguments: Sequence[str] = ()) -> list[Job]:
         loader = hydra.config_loader
         assert isinstance(loader, ConfigLoaderImpl)
         master = loader.load_configuration("config", [f"sweeps={name}", *arguments], RunMode.MULTIRUN)
-        sweeper = master.hydra.sweeper
-        return jobs_of(loader, master, sweeper.common, sweeper.axes, sweeper.include, [f"sweeps={name}", *arguments])
+        sweeper, overrides = master.hydra.sweeper, [f"sweeps={name}", *arguments]
+        if "prior" not in sweeper:
+            return jobs_of(loader, master, sweeper.common, sweeper.axes, sweeper.include, overrides)
+        candidates = jobs_of(loader, master, sweeper.common, [sweeper.prior], [], overrides)
+        return [released_by(candidates, sweeper.mean, sweeper.eta)]

@@ -54,17 +54,15 @@ class AxesSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run what is missing; a run that fails does not stop the others."""
-        from dptune.config import ConfigError
         from dptune.records import RunFailed
 
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ConfigError("torchrun is for one run; give a sweep a launcher (hydra/launcher=joblib or slurm)")
+        refuse_torchrun()
         jobs = self.jobs(arguments)
         missing = [job for job in jobs if job.config.compute.force or not _is_done(job)]
         print(f"{len(jobs)} runs: {len(jobs) - len(missing)} finished before, {len(missing)} to do", flush=True)
         if not missing:
             return []
-        results = self.launched(missing)
+        results = self.launched(missing, _is_done)
         failed = [result._return_value for result in results if result.status == JobStatus.FAILED]
         if failed:
             raise RunFailed("; ".join([f"{len(failed)} of {len(missing)} runs failed", *map(str, failed)]))
@@ -73,7 +71,7 @@ class AxesSweeper(Sweeper):
             print(f"{unfinished} runs are being done by other processes; `dptune status` shows them", flush=True)
         return list(results)
 
-    def launched(self, missing: Sequence["Job"]) -> Sequence[JobReturn]:
+    def launched(self, missing: Sequence["Job"], is_done: Callable[["Job"], bool]) -> Sequence[JobReturn]:
         """Results of the launcher, which is asked again when the system killed one of its workers.
 
         Raises:
@@ -85,8 +83,8 @@ class AxesSweeper(Sweeper):
             try:
                 return self.launcher.launch([list(job.overrides) for job in missing], initial_job_idx=0)
             except BrokenExecutor:
-                missing = [job for job in missing if not _is_done(job)]
-                print(f"a worker process was killed; {len(missing)} runs are still to do", flush=True)
+                missing = [job for job in missing if not is_done(job)]
+                print("a worker process was killed; what it did not finish is launched again", flush=True)
                 if not missing:
                     return []
         raise RunFailed(f"worker processes were killed {LAUNCHES} times: is there enough memory for so many at once?")
@@ -94,6 +92,14 @@ class AxesSweeper(Sweeper):
 
 LAUNCHES = 5
 """How often a sweep is launched in all when workers are killed."""
+
+
+def refuse_torchrun() -> None:
+    """Raises ConfigError inside torchrun."""
+    from dptune.config import ConfigError
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("torchrun is for one run; give a sweep a launcher (hydra/launcher=joblib or slurm)")
 
 
 def _is_done(job: "Job") -> bool:

@@ -25,6 +25,7 @@ ALLOWED = {
     "status": {"records", "lease", "sweep"},
     "report": {"config", "records", "sweep", "privacy"},
     "run": {"config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"},
+    "search": {"config", "records", "privacy", "sweep", "run"},
     "sync": {"config", "records", "lease", "tracking", "report"},
     "cli": {"config", "records", "sweep", "status", "run", "report", "sync"},
 }

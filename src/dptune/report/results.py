@@ -117,7 +117,9 @@ def of_sweep(name: str, jobs: Sequence[Job], found: Results) -> Results:
     runs = found.runs
     wanted = runs[runs["run_id"].isin(asked)]
     # A run that several sweeps share was recorded under the method of the first; here it has the name it has here.
-    named = {job.run_id: job.config.method for job in jobs}
+    # Only the record of a search knows which of its candidates was chosen.
+    recorded = dict(zip(wanted["run_id"], wanted["method"], strict=True)) if "method" in wanted else {}
+    named = {job.run_id: recorded.get(job.run_id) if job.is_search else job.config.method for job in jobs}
     wanted = wanted.assign(method=wanted["run_id"].map(named).astype(object))
     present = {str(run_id) for run_id in wanted["run_id"]}
     lacking = [job for job in jobs if job.run_id not in present]
