@@ -1,14 +1,17 @@
 import csv
 import dataclasses
 import io
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report.planted import PLAN, TASKS
 
 from dptune import sweep
-from dptune.privacy.accounting import rounded_up
-from dptune.privacy.selection import epsilon_all
+from dptune.privacy.accounting import Event, rounded_up
+from dptune.privacy.renyi import optimum, renyi_curve
+from dptune.privacy.selection import Repetitions, epsilon_all, score_event
 from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord, read
 from dptune.report.commands import figures, table, tables
 from dptune.report.render import great, markdown, to_csv, to_latex, write
@@ -97,15 +100,73 @@ def test_text_metrics_have_columns_where_a_run_has_them(tmp_path: Path) -> None:
     assert "| 40.5 [" in first and "| 0.500 (2) |" in first and "40.5" not in second
 
 
-def test_best_of_a_random_number_is_stated_where_it_was_drawn(tmp_path: Path) -> None:
+SEARCH = {
+    "mean": 10,
+    "eta": "inf",
+    "score_is_covered": True,
+    "candidates": [[vars(event) for event in PLAN.events()], [vars(score_event(1.5))]],
+    "epsilon": 12.3456,
+    "delta": 1e-5,
+}
+
+
+def searched(job: Job, root: Path, **changes: object) -> None:
+    """Write the record of a run that a search released."""
+    finish(job, 0.8, root)
+    record = read(root / job.run_id)
+    assert record is not None
+    record.provenance["repetitions"] = {key: value for key, value in (SEARCH | changes).items() if value is not None}
+    record.write(root / job.run_id)
+
+
+def cost_of_a_search() -> np.ndarray:
+    """Rényi curve of `SEARCH`, from the plan."""
+    curve = np.maximum(renyi_curve(PLAN.events()), renyi_curve([Event(1.5, 1.0)]))
+    return Repetitions(10.0, math.inf).renyi_curve(curve)
+
+
+def test_a_run_that_a_search_released_costs_the_search(tmp_path: Path) -> None:
+    (job, _) = (job for job in smoke(tmp_path) if job.config.privacy.enabled)
+    searched(job, tmp_path)
+    text = shown(tmp_path, [job])
+    whole = rounded_up(optimum(cost_of_a_search(), 1e-5)[0])
+    assert f"releasing the best of a random, secret number of runs (mean 10) is {whole:.3f} (delta = 1e-05" in text
+    assert "/8; best of K 12.346 (r,p) |" in text and "“best of K”: ε of the search" in text
+
+
+def test_a_search_counts_as_a_whole_beside_other_runs(tmp_path: Path) -> None:
+    jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
+    searched(jobs[0], tmp_path)
+    finish(jobs[1], 0.8, tmp_path)
+    whole = rounded_up(optimum(cost_of_a_search() + renyi_curve(PLAN.events()), 1e-5)[0])
+    text = shown(tmp_path, jobs)
+    assert "releasing all 2 runs together, where 1 of them count as the whole search, the best of" in text
+    assert f"(mean 10), is {whole:.3f} (delta = 1e-05, unit example, RDP)" in text
+    assert text.count("best of K 12.346") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"score_is_covered": False}, "is not paid for"), ({"candidates": None}, "does not say what its search cost")],
+)
+def test_a_search_without_its_cost_has_no_epsilon(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    (job, _) = (job for job in smoke(tmp_path) if job.config.privacy.enabled)
+    searched(job, tmp_path, **changes)
+    text = shown(tmp_path, [job])
+    assert "No ε is stated for all 1 runs" in text and message in text
+
+
+def test_scores_outside_a_search_are_paid_for_on_their_own_records(tmp_path: Path) -> None:
     jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
     for job in jobs:
         finish(job, 0.8, tmp_path)
         record = read(tmp_path / job.run_id)
-        assert record is not None
-        record.provenance["repetitions"] = {"mean": 10, "eta": 1, "score_is_covered": True}
+        assert record is not None and record.privacy is not None
+        record.privacy.score, record.privacy.score_noise_multiplier = 7.0, 0.5
         record.write(tmp_path / job.run_id)
-    assert "releasing the best of a random, secret number of runs (mean 10) is" in shown(tmp_path, jobs)
+    both = epsilon_all([[Event(0.5, 1.0)]] * 2, 1e-5)
+    assert both > epsilon_all([PLAN.events()] * 2, 1e-5)
+    assert f"releasing all 2 runs together is {rounded_up(both):.3f}" in shown(tmp_path, jobs)
 
 
 def test_cells_say_what_is_missing(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.events import Event
 from dptune.privacy.plan import PlanError, PrivacyPlan
-from dptune.privacy.selection import Repetitions, epsilon_all, statement
+from dptune.privacy.renyi import optimum, renyi_curve
+from dptune.privacy.selection import Repetitions, curve_best, epsilon_all, score_event
 from dptune.report.results import FAILED, RUNNING
 
 if TYPE_CHECKING:
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 MANY = 12
 """Above this many different releases the exact accountant would take minutes; Rényi DP bounds them at once."""
+
+MEAN, SCORE = "provenance.repetitions.mean", "privacy.score_noise_multiplier"
+"""Columns of runs that a search released, and of runs with a score."""
 
 
 @dataclass(frozen=True)
@@ -59,34 +65,52 @@ def procedures(runs: pd.DataFrame) -> list[Procedure]:
 def _of(runs: pd.DataFrame) -> list[Procedure]:
     ids = tuple(runs["run_id"])
     unit, delta = runs["privacy.unit"].iloc[0], float(runs["privacy.delta"].iloc[0])
+    data = str(runs["provenance.data"].iloc[0]) if "provenance.data" in runs else "unknown"
+    chosen = runs[MEAN].notna() if MEAN in runs else runs["run_id"].isna()
     try:
+        searches = [_search(row) for _, row in runs[chosen].iterrows()]
+        plans, scores = _transcripts(runs[~chosen]), _scores(runs[~chosen])
         # Transcripts that were begun and killed count in full.
-        plans = _transcripts(runs)
-        epsilon, how = _together(tuple(event for plan, times in plans for event in plan.events() * times), delta)
-        what = f"releasing all {len(runs)} runs together"
-        if (again := sum(times for _, times in plans) - len(runs)) > 0:
-            what += f", and {again} transcripts that were begun before,"
-        text = f"Epsilon of {what} is {rounded_up(epsilon):.3f} (delta = {delta:g}, unit {unit}, {how})."
-        data = str(runs["provenance.data"].iloc[0]) if "provenance.data" in runs else "unknown"
-        found = [Procedure(text, epsilon, delta, ids, data)]
-        if (drawn := _repetitions(runs)) is not None:
-            covered = bool((runs["provenance.repetitions.score_is_covered"] == True).all())  # noqa: E712
-            configs = list(dict.fromkeys(plan for plan, _ in plans))
-            best = statement(configs, "best_of_random", delta=delta, repetitions=drawn, score_is_covered=covered)
-            found.append(Procedure(best.text, best.epsilon, delta, ids, data))
-        return found
+        events = tuple(event for plan, times in plans for event in plan.events() * times)
+        epsilon, how = _together(events, scores, tuple(searches), delta)
     except PlanError as error:
         return [Procedure(f"No ε is stated for all {len(runs)} runs: {error}.", None, None, ids)]
+    means = ", ".join(dict.fromkeys(f"{search.repetitions.mean:g}" for search in searches))
+    best = f"the best of a random, secret number of runs (mean {means})"
+    if len(runs) == len(searches) == 1:
+        what = f"releasing {best}"
+    else:
+        what = f"releasing all {len(runs)} runs together"
+        if (again := sum(times for _, times in plans) - int((~chosen).sum())) > 0:
+            what += f", and {again} transcripts that were begun before,"
+        if searches:
+            what += f", where {len(searches)} of them count as the whole search, {best},"
+    text = f"Epsilon of {what} is {rounded_up(epsilon):.3f} (delta = {delta:g}, unit {unit}, {how})."
+    return [Procedure(text, epsilon, delta, ids, data)]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search that a run came out of."""
+
+    candidates: tuple[tuple[Event, ...], ...]
+    repetitions: Repetitions
 
 
 @lru_cache(maxsize=32)
-def _together(events: tuple[Event, ...], delta: float) -> tuple[float, str]:
+def _together(
+    events: tuple[Event, ...], scores: tuple[Event, ...], searches: tuple[_Search, ...], delta: float
+) -> tuple[float, str]:
+    """Epsilon of some releases on training records, some scores on validation records, and some searches on both."""
     kinds = {replace(event, count=1) for event in set(events)}
-    if len(kinds) <= MANY:
-        return epsilon_all([events], delta), "PLD"
-    from dptune.privacy.renyi import optimum, renyi_curve
-
-    return optimum(renyi_curve(events), delta)[0], "RDP"
+    if not searches and len(kinds) <= MANY:
+        # No record is in both splits, so that the larger epsilon holds.
+        parts = [epsilon_all([part], delta) for part in (events, scores) if part]
+        return max(parts, default=0.0), "PLD"
+    total = np.maximum(renyi_curve(events), renyi_curve(scores))
+    for search in searches:
+        total = total + curve_best(search.candidates, search.repetitions)
+    return optimum(total, delta)[0], "RDP"
 
 
 def _transcripts(runs: pd.DataFrame) -> list[tuple[PrivacyPlan, int]]:
@@ -97,10 +121,26 @@ def _transcripts(runs: pd.DataFrame) -> list[tuple[PrivacyPlan, int]]:
     return [(PrivacyPlan.from_dict(plans[str(text)]), int(times)) for text, times in begun.items()]
 
 
-def _repetitions(runs: pd.DataFrame) -> Repetitions | None:
-    """How the secret number of runs was drawn, where all runs say so in `provenance.repetitions`."""
-    names = [f"provenance.repetitions.{name}" for name in ("mean", "eta", "score_is_covered")]
-    if any(name not in runs or runs[name].isna().any() or runs[name].nunique() != 1 for name in names):
-        return None
-    mean, eta, _ = (runs[name].iloc[0] for name in names)
-    return Repetitions(float(mean), float(eta))
+def _scores(runs: pd.DataFrame) -> tuple[Event, ...]:
+    """The noisy scores that were released outside searches."""
+    if SCORE not in runs:
+        return ()
+    scored = runs[runs[SCORE].notna()]
+    times = scored["privacy.attempts"].astype(int).clip(lower=1)
+    return tuple(score_event(float(sigma)) for sigma, n in zip(scored[SCORE], times, strict=True) for _ in range(n))
+
+
+def _search(run: pd.Series[Any]) -> _Search:
+    """How the number of trials was drawn and what each may have cost, from `provenance.repetitions`.
+
+    Raises:
+        PlanError: if the score that chose is not paid for, or the record lacks something.
+    """
+    prefix = MEAN.removesuffix("mean")
+    if run.get(f"{prefix}score_is_covered") is not True:
+        raise PlanError(f"the score that chose run {run['run_id']} is not paid for")
+    try:
+        candidates = tuple(tuple(Event(**event) for event in events) for events in run[f"{prefix}candidates"])
+        return _Search(candidates, Repetitions(float(run[MEAN]), float(run[f"{prefix}eta"])))
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"run {run['run_id']} does not say what its search cost ({error})") from None

@@ -27,6 +27,7 @@ COMPARABLE = {
     "privacy.stand_in": "stand-in flag",
     "provenance.data": "data fingerprint",
     "provenance.backbone": "backbone fingerprint",
+    "provenance.repetitions.epsilon": "epsilon of the search",
 }
 """What must be equal in runs that are averaged, beyond their settings."""
 NAMED = ("model", "adapter", "privacy", "data", "data_sensitivity")

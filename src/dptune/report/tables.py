@@ -281,7 +281,7 @@ def in_words(found: Estimate, digits: int, run_ids: tuple[str, ...] = (), sign: 
 
 
 def epsilon_cells(setting: Setting) -> dict[str, Cell]:
-    """Epsilon spent over target, and delta: the largest spent of its runs counts."""
+    """Epsilon spent over target, and delta: the largest spent of its runs counts. With that of a search."""
     if not setting.private:
         return {"epsilon": Cell("none"), "delta": Cell(NONE)}
     spent = [value for value in setting.values("privacy.epsilon") if value is not None]
@@ -289,6 +289,9 @@ def epsilon_cells(setting: Setting) -> dict[str, Cell]:
         return {"epsilon": Cell("not recorded"), "delta": Cell(NONE)}
     epsilon, delta, target = rounded_up(max(spent)), setting.value("privacy.delta"), setting.target
     text = f"{epsilon:.3f}/{NONE if target is None else format(target, 'g')}"
+    if whole := setting.value("provenance.repetitions.epsilon"):
+        epsilon = rounded_up(whole)
+        text += f"; best of K {epsilon:.3f}"
     flags = [setting.value("privacy.noise_mode") == "reproducible" and "r", setting.value("privacy.stand_in") and "p"]
     marks = ",".join(flag for flag in flags if flag)
     return {
@@ -469,6 +472,11 @@ def notes(results: Results, settings: Sequence[Setting], found: Sequence[Procedu
         lines.append(
             f"ε: upper bound by the PLD accountant for one run, unit {', '.join(units)}. "
             "It excludes the choice among runs."
+        )
+    if any(item.value("provenance.repetitions.epsilon") for item in private):
+        lines.append(
+            "“best of K”: ε of the search that released the run, by Rényi DP. It includes the choice, as long as the "
+            "number of trials, the losing ones and the time they took stay secret."
         )
     lines += [item.text for item in found]
     lines += [*flag_notes(settings), *mixed(settings), *why_apart(settings), *code_notes(results)]
