@@ -166,7 +166,7 @@ class RunRecord:
     """Everything that is known of one run."""
 
     run_id: str
-    """Hash of everything that can change the numbers."""
+    """Hash of everything that can change the numbers; of what a search released, hash of what it chose from."""
     status: Literal["running", "done", "failed"]
     """State of the run; `running` also marks one that was killed."""
     config: dict[str, Any]
@@ -186,7 +186,8 @@ class RunRecord:
     cost: Cost | None = None
     """What it cost."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time."""
+    """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of what
+    a search released, `repetitions` says how many trials it may have had and what each may have cost."""
     error: str | None = None
     """One line, when failed; the traceback is in run.log."""
     schema_version: int = SCHEMA_VERSION
