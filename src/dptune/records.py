@@ -186,8 +186,8 @@ class RunRecord:
     cost: Cost | None = None
     """What it cost."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of what
-    a search released, `repetitions` says how many trials it may have had and what each may have cost."""
+    """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of
+    what a search released, `repetitions` says how many trials it may have had and what each may have cost."""
     error: str | None = None
     """One line, when failed; the traceback is in run.log."""
     schema_version: int = SCHEMA_VERSION
