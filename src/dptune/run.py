@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import resource
 import shutil
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
@@ -21,34 +15,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 
 from dptune import evaluation, tracking
-from dptune.config import Config, ConfigError, has_fixed_batches, noise_mode, run_id
-from dptune.data.batches import Layout, collate, example_losses
+from dptune.config import Config, run_id
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
-from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
-from dptune.data.templates import prompt_of, token_counter
+from dptune.guarantee import describe, epsilon_marks, privacy_of, score_epsilon
 from dptune.lease import Claim, ClaimLost, claimed, holder
-from dptune.models import adapters, backbones
-from dptune.models.backbones import Backbone
+from dptune.models import adapters
 from dptune.models.state import AdapterState
-from dptune.privacy.accounting import Reported, calibrate, rounded_up
-from dptune.privacy.accounting import epsilon as accountant
+from dptune.preparation import Prepared, load_backbone, make_engine, prepare, training_layout, training_rows
+from dptune.privacy.accounting import rounded_up
 from dptune.privacy.allocation import lora_group_weights
-from dptune.privacy.batch_shape import fixed_shape_engine
-from dptune.privacy.engines import checked_engine
-from dptune.privacy.events import Event
-from dptune.privacy.gradients import Engine
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
-from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
-from dptune.privacy.selection import noisy_score, score_event
-from dptune.privacy.streams import KeyRing, Purpose
+from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.selection import noisy_score
+from dptune.provenance import peak_memory_mb, provenance
 from dptune.records import (
     ADAPTER_FOLDER,
     EVALUATION_FILE,
@@ -76,24 +62,6 @@ SKIPPED_FILE = "NON_PRIVATE_skipped.txt"
 
 Report = Callable[[str], None]
 """Receives one line of progress."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that can be wrong with a config, found out before anything is written."""
-
-    data: Dataset
-    plan: PrivacyPlan
-    backbone: Backbone
-    model: torch.nn.Module
-    keys: KeyRing
-    engine: str
-    """Name of the engine of per-example gradients."""
-
-    @property
-    def stamp(self) -> dict[str, str]:
-        """What a checkpoint must have been made with: config, data, backbone and plan by name of the keys, and code."""
-        return {"run": self.keys.run, "mode": self.keys.mode, "plan": self.plan.fingerprint(), "code": code_version()}
 
 
 def run(config: Config, overrides: Sequence[str] = (), report: Report | None = None) -> RunRecord:
@@ -270,145 +238,6 @@ def start_of(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
         folder.log(f"going on after step {start.step} of {prepared.plan.steps}")
         write_atomically(folder.path / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in start.history))
     return start
-
-
-def prepare(config: Config, identity: str) -> Prepared:
-    """Data, plan, backbone with its fresh adapter, and keys. Raises ConfigError; writes nothing but caches."""
-    data = data_of(config)
-    plan = make_plan(config, data)
-    backbone = load_backbone(config)
-    check_free_form(backbone, data)
-    prompt_of(data.test[0], backbone.tokenizer, config.data.template)
-    seed = config.environment.seed
-    # Initialisation is public and depends on the seed alone, so that methods start from the same point.
-    start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
-    engine = config.environment.engine
-    if engine == "auto":
-        architecture = adapters.architecture_of(backbone.model)
-        engine = adapters.engine_of(config.adapter.name, architecture, embeddings=config.adapter.embeddings)
-    hyper = config.hyperparameter
-    model = adapters.attach(backbone.model, config.adapter, rank=hyper.rank, steps=hyper.steps, seed=start)
-    # The same seed must never draw the same noise for other data, another backbone or another plan.
-    name = "/".join((identity, data.fingerprint, backbone.fingerprint, plan.fingerprint()))
-    keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
-    return Prepared(data, plan, backbone, model, keys, engine)
-
-
-def data_of(config: Config) -> Dataset:
-    """The data of a run; the tokenizer is loaded only where records that are too long are bad."""
-    tokens: Callable[[Example], int] | None = None
-    if config.data.on_long == "error":
-        tokens = token_counter(load_backbone(config).tokenizer, config.data.template)
-    return load_data(config, tokens)
-
-
-def load_backbone(config: Config) -> Backbone:
-    """A fresh copy of the frozen backbone of a run."""
-    return backbones.load(
-        config.model,
-        precision=config.environment.precision,
-        device=config.compute.device,
-        cache_dir=Path(config.compute.cache_dir),
-        quantization=config.environment.backbone_quantization,
-    )
-
-
-def check_free_form(backbone: Backbone, data: Dataset) -> None:
-    """Raises ConfigError when an encoder, which ranks options only, would have to write."""
-    free = sorted({example.task for example in data.test if not example.options})
-    if free and backbone.layout.architecture == "encoder":
-        raise ConfigError(
-            f"an encoder cannot write, and {', '.join(free)} has no options to rank: leave it out with data.tasks=[...]"
-            " or choose a decoder"
-        )
-
-
-def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
-    """The privacy plan of a run, calibrated to its target epsilon.
-
-    Raises:
-        ConfigError: when no plan with these settings can be true, or the target cannot be reached.
-    """
-    # Any: the values are names that the config has checked and the plan checks again.
-    privacy: Any = config.privacy
-    hyper, mode = config.hyperparameter, noise_mode(config)
-    users = {example.user for example in data.train}
-    if privacy.unit != "example" and None in users:
-        raise ConfigError(
-            f"privacy.unit={privacy.unit} needs the author of every training record; "
-            "map it with data.columns.user or set privacy.unit=example"
-        )
-    num_units = len(users) if privacy.unit == "user_uls" else len(data.train)
-    try:
-        if not privacy.enabled:
-            return PrivacyPlan.non_private(
-                num_units=num_units, expected_batch_size=hyper.expected_batch_size, steps=hyper.steps
-            )
-        plan = PrivacyPlan(
-            num_units=num_units,
-            expected_batch_size=hyper.expected_batch_size,
-            steps=hyper.steps,
-            delta=privacy.delta,
-            noise_multiplier=privacy.noise_multiplier or 1.0,
-            max_grad_norm=hyper.max_grad_norm,
-            unit=privacy.unit,
-            examples_per_user=privacy.examples_per_user,
-            clipping=Clipping(kind=privacy.clipping, stability=privacy.clipping_stability),
-            grouping=privacy.grouping,
-            allocation=Allocation(
-                rule=privacy.allocation,
-                weights=privacy.allocation_weights,
-                ema=privacy.allocation_ema,
-                floor=privacy.allocation_floor,
-            ),
-            quantile=None
-            if privacy.quantile is None
-            else QuantileTracking(
-                quantile=privacy.quantile,
-                learning_rate=privacy.quantile_learning_rate,
-                share=privacy.quantile_share,
-            ),
-            schedule=Schedule(kind=privacy.schedule, ratio=privacy.schedule_ratio),
-            one_shot=()
-            if privacy.projection != "private"
-            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or 1),),
-            noise_mode=mode,
-        )
-        if privacy.target_epsilon is not None and plan.events():
-            plan = calibrated(plan, privacy.target_epsilon)
-        if privacy.score_noise_multiplier is not None:
-            check_score(privacy.score_noise_multiplier, privacy.target_epsilon, plan, len(data.validation))
-        return plan
-    except PlanError as error:
-        raise ConfigError(str(error)) from None
-
-
-def check_score(noise_multiplier: float, target_epsilon: float | None, plan: PrivacyPlan, records: int) -> None:
-    """Raises ConfigError when the score on so many validation records would cost more than the run may."""
-    field = f"privacy.score_noise_multiplier={noise_multiplier:g}"
-    if not records:
-        raise ConfigError(f"{field} needs validation records, there are none; see data.validation_size and data.splits")
-    if plan.delta > 1 / records:
-        raise ConfigError(f"{field}: privacy.delta={plan.delta:g} is above one over the {records} validation records")
-    limit = target_epsilon or plan.epsilon()
-    if limit and (own := score_epsilon(noise_multiplier, plan.delta)) > limit:
-        least = calibrate(lambda sigma: [score_event(sigma)], limit, plan.delta)
-        raise ConfigError(
-            f"{field} alone costs epsilon {rounded_up(own):.3f}, more than the {limit:g} of the run; "
-            f"take at least {least:g}, or leave the score out"
-        )
-
-
-@functools.lru_cache(maxsize=64)
-def score_epsilon(noise_multiplier: float, delta: float) -> float:
-    """Epsilon of the score alone."""
-    return accountant([score_event(noise_multiplier)], delta)
-
-
-@functools.lru_cache(maxsize=256)
-def calibrated(plan: PrivacyPlan, target_epsilon: float) -> PrivacyPlan:
-    """The plan with the least noise that keeps the target; the runs of a sweep share the search."""
-    return plan.calibrate(target_epsilon)
 
 
 def execute(
@@ -614,84 +443,6 @@ def fit(
     return dataclasses.replace(guarantee, attempts=ledger.attempts if ledger else 0)
 
 
-def training_rows(prepared: Prepared, sequence_length: int, template: str) -> list[Encoded]:
-    """The encoded training split; runs of a process on the same data share it."""
-    key = (prepared.data.fingerprint, prepared.backbone.fingerprint, sequence_length, template)
-    if key not in _training_rows:
-        _training_rows.clear()
-        tokenizer = prepared.backbone.tokenizer
-        _training_rows[key] = encode_examples(prepared.data.train, tokenizer, sequence_length, template)
-    return _training_rows[key]
-
-
-_training_rows: dict[tuple[str, str, int, str], list[Encoded]] = {}
-
-
-def training_layout(config: Config, prepared: Prepared) -> Layout:
-    """How training reads an example: in batches of one public shape where that is asked for or needed."""
-    length = config.environment.sequence_length if has_fixed_batches(config) else None
-    return dataclasses.replace(prepared.backbone.layout, length=length)
-
-
-def make_engine(config: Config, prepared: Prepared) -> Engine:
-    """The engine of per-example gradients, checked on made-up records: the check needs no data."""
-    vocabulary, size = len(prepared.backbone.tokenizer), config.compute.physical_batch_size
-    few = (7, 9, 5)
-
-    def batch(records: Sequence[Encoded], layout: Layout) -> dict[str, torch.Tensor]:
-        return collate(records, layout, config.compute.device)
-
-    rows = made_up_rows(vocabulary, few)
-    changed = [*rows[:-1], made_up_rows(vocabulary, few, shift=101)[-1]]
-    alone, plain = [[row] for row in rows], prepared.backbone.layout
-    engine = checked_engine(
-        prepared.engine,
-        prepared.model,
-        example_losses,
-        [batch(row, plain) for row in alone],
-        batch(rows, plain),
-        batch(changed, plain),
-    )
-    layout = training_layout(config, prepared)
-    if layout.length is None:
-        return engine
-    longest, shortest = layout.length, 5
-    # Long rows at odd places, and others between them: replaced by `others`, all are long, or none is.
-    lengths = [longest if row % 2 else shortest + 7 * row % (longest - shortest) for row in range(size)]
-    others = [shortest if row % 2 else longest for row in range(size)]
-    return fixed_shape_engine(
-        engine,
-        prepared.model,
-        batch(made_up_rows(vocabulary, lengths), layout),
-        batch(made_up_rows(vocabulary, others, shift=101), layout),
-    )
-
-
-def made_up_rows(vocabulary: int, lengths: Sequence[int], shift: int = 0) -> list[Encoded]:
-    """Rows of made-up tokens, two or three of them the response; another `shift` makes other tokens."""
-    return [
-        Encoded(tuple((31 * row + 17 * at + shift) % vocabulary for at in range(length)), 2 + row % 2)
-        for row, length in enumerate(lengths)
-    ]
-
-
-@functools.lru_cache(maxsize=256)
-def epsilon_marks(plan: PrivacyPlan) -> dict[int, float]:
-    """Epsilon after about every tenth of the steps; all of it depends on the plan alone."""
-    if not plan.private:
-        return {}
-    marks = np.unique(np.linspace(0, plan.steps, 11)[1:].round().astype(int))
-    return {int(step): plan.epsilon(int(step)) for step in marks}
-
-
-def describe(plan: PrivacyPlan) -> str:
-    """The plan in one line."""
-    start = f"{plan.steps} steps of {plan.expected_batch_size:g} of {plan.num_units} expected"
-    if not plan.private:
-        return f"{start}, not private"
-    return f"{start}, noise multiplier {plan.noise_multiplier:.4f}, delta {plan.delta:g}, {plan.noise_mode} noise"
-
-
 def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | None) -> str:
     """Steps, examples a second, epsilon spent, time left."""
     rate = step.step * plan.expected_batch_size / step.seconds
@@ -729,35 +480,6 @@ def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=256)
-def side_by_side(plan: PrivacyPlan) -> dict[str, Reported]:
-    """Epsilon by every accountant; runs that differ in their seed share it."""
-    return plan.side_by_side()
-
-
-def privacy_of(
-    plan: PrivacyPlan, config: Config, data: Dataset, steps: int, groups: dict[str, GroupPrivacy] | None = None
-) -> Privacy:
-    """The guarantee after some steps, computed from the plan that the run was trained with."""
-    if not plan.private:
-        return Privacy(private=False, steps=steps, stand_in=data.public, plan=plan.to_dict())
-    return Privacy(
-        private=True,
-        unit=plan.unit,
-        epsilon=plan.epsilon(steps),
-        target_epsilon=config.privacy.target_epsilon,
-        delta=plan.delta,
-        noise_multiplier=plan.noise_multiplier,
-        sample_rate=plan.sample_rate,
-        steps=steps,
-        noise_mode=plan.noise_mode,
-        stand_in=data.public,
-        groups=groups or {},
-        accountants={name: dataclasses.asdict(value) for name, value in side_by_side(plan).items()},
-        plan=plan.to_dict(),
-    )
-
-
 def scored(guarantee: Privacy, right: int, records: int, config: Config, prepared: Prepared) -> Privacy:
     """The guarantee of a run that also releases its score.
 
@@ -784,44 +506,3 @@ def save_adapter(model: torch.nn.Module, folder: Path) -> None:
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def provenance(config: Config, prepared: Prepared, overrides: Sequence[str]) -> dict[str, Any]:
-    """Where the numbers come from."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "overrides": list(overrides),
-        "git": git_commit(),
-        "code": code_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "data": prepared.data.fingerprint,
-        "backbone": prepared.backbone.fingerprint,
-        "engine": prepared.engine,
-        "seed": config.environment.seed,
-    }
-
-
-PACKAGES = ("dptune", "torch", "transformers", "peft", "opacus", "dp-accounting", "hydra-core", "numpy")
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """Commit of the code, with `+` when the working tree differs; None outside a repository."""
-    here = Path(__file__).parent
-    try:
-        commit, changes = (
-            subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changes else "")
-
-
-def peak_memory_mb(device: str) -> float:
-    """Peak device memory on a GPU, else the peak resident memory of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -23,12 +23,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dptune.config import Config, ConfigError, is_public, local_key, noise_mode, run_id, strict
+from dptune.guarantee import make_plan
+from dptune.preparation import data_of
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.events import Event
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records import RunFailed, RunRecord, read, summary, write_atomically
-from dptune.run import LOG_FILE, data_of, make_plan, run
+from dptune.run import LOG_FILE, run
 from dptune.run import summary as in_one_line
 from dptune.sweep import Job, released_by
 

@@ -20,13 +20,13 @@ KILLS = 20
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from dptune import run
+from dptune import preparation, run
 from dptune.cli import main
 from dptune.sweep import load
 
 kills, arguments, whole, killed = int(sys.argv[1]), sys.argv[4:], sys.argv[2], sys.argv[3]
 for job in load("smoke", [item for item in arguments if "=" in item and not item.startswith("sweeps=")]):
-    run.prepare(job.config, job.run_id)
+    preparation.prepare(job.config, job.run_id)
 
 def start(root):
     if (child := os.fork()) == 0:

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dptune import records, run
+from dptune import guarantee, preparation, records, run
 from dptune.config import Config, ConfigError, run_id
 from dptune.data.batches import collate, physical_batches
 from dptune.data.encoding import Encoded, encode_examples
@@ -332,7 +332,7 @@ def test_a_run_without_steps_releases_nothing(config: Config) -> None:
 
 @pytest.mark.parametrize("unit", ["example", "user_els"])
 def test_a_private_subspace_is_paid_for_inside_the_target(config: Config, unit: str) -> None:
-    plain = run.make_plan(config, load(config)).noise_multiplier
+    plain = guarantee.make_plan(config, load(config)).noise_multiplier
     config.privacy.projection, config.privacy.projection_noise_multiplier = "private", 3.0
     config.privacy.projection_dimension = 4
     if unit == "user_els":
@@ -367,9 +367,9 @@ def test_a_record_that_is_taken_out_changes_no_bit_of_the_others_gradients(confi
     """As a private run in bfloat16 would compute them: its engine, its layout, its physical batches."""
     config.environment.precision, config.environment.sequence_length = "bfloat16", 48
     config.compute.physical_batch_size = 8
-    prepared = run.prepare(config, "one")
+    prepared = preparation.prepare(config, "one")
     adapters.set_modes(prepared.model)
-    engine, layout = run.make_engine(config, prepared), run.training_layout(config, prepared)
+    engine, layout = preparation.make_engine(config, prepared), preparation.training_layout(config, prepared)
     rows = list(enumerate(encode_examples(prepared.data.train[:30], prepared.backbone.tokenizer, 48)))
 
     def gradients(some: list[tuple[int, Encoded]]) -> dict[int, list[torch.Tensor]]:
@@ -418,7 +418,7 @@ def test_an_adapter_of_a_rounded_backbone_opens_with_the_recorded_accuracy(confi
     config.hyperparameter.learning_rate = 0.1
     record = run.run(config)
     assert record.status == "done" and record.metrics is not None, record.error
-    backbone = run.load_backbone(config)
+    backbone = preparation.load_backbone(config)
     assert record.provenance["backbone"] == backbone.fingerprint
     model = adapters.load(backbone.model, Path(config.compute.output_root) / record.run_id / "adapter")
     data = load(config)
@@ -428,7 +428,7 @@ def test_an_adapter_of_a_rounded_backbone_opens_with_the_recorded_accuracy(confi
     assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
     assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
     config.environment.backbone_quantization = "none"
-    assert run.load_backbone(config).fingerprint != backbone.fingerprint
+    assert preparation.load_backbone(config).fingerprint != backbone.fingerprint
 
 
 def test_an_adapter_that_changes_rounded_weights_is_refused_before_anything_is_written(config: Config) -> None:
@@ -536,7 +536,7 @@ def test_noise_keys_follow_data_plan_and_run(config: Config) -> None:
     from dptune.privacy.streams import Purpose
 
     def key(**changes: object) -> str:
-        prepared = run.prepare(config, str(changes.pop("identity", "one")))
+        prepared = preparation.prepare(config, str(changes.pop("identity", "one")))
         return prepared.keys.key_hash(Purpose.NOISE, 0)
 
     first = key()

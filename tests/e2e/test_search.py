@@ -17,6 +17,8 @@ from test_resume import lines, wait_for
 
 from dptune import records, run, status
 from dptune.config import Config, ConfigError, run_id, strict
+from dptune.guarantee import make_plan
+from dptune.preparation import data_of
 from dptune.privacy.accounting import epsilon
 from dptune.privacy.events import Event
 from dptune.privacy.renyi import optimum, renyi_curve
@@ -105,7 +107,7 @@ def test_the_record_says_what_the_search_cost(config: Config) -> None:
 
 def test_the_sweep_file_costs_what_it_says() -> None:
     (job,) = load("tune")
-    plan = run.make_plan(job.config, run.data_of(job.config))
+    plan = make_plan(job.config, data_of(job.config))
     noise = job.config.privacy.score_noise_multiplier
     assert noise is not None
     assert 7.9 < epsilon_best([plan.events(), [score_event(noise)]], Repetitions(8.0, math.inf), plan.delta) <= 8
@@ -160,7 +162,7 @@ def test_trials_on_private_data_share_nothing_but_the_key_of_their_names(config:
     draw(search, [0, 0], [config.environment.seed] * 2)
     found = tried(search)
     assert found[0].run_id == found[1].run_id == search.candidates[0].run_id
-    assert {record.provenance["data"] for record in found} == {run.data_of(search.candidates[0].config).fingerprint}
+    assert {record.provenance["data"] for record in found} == {data_of(search.candidates[0].config).fingerprint}
     assert scores(found)[0] != scores(found)[1]
     adapters = [path.read_bytes() for path in search.secret.rglob("adapter_model.safetensors")]
     assert len(adapters) == 2 and adapters[0] != adapters[1]
@@ -260,14 +262,14 @@ def test_the_score_counts_right_answers_on_the_validation_split(
     monkeypatch.setattr(run.evaluation, "judge", spy)
     scored = with_values(config, privacy={"score_noise_multiplier": 2.0}, hyperparameter={"learning_rate": 0.3})
     record = run.run(scored)
-    data = run.data_of(scored)
+    data = data_of(scored)
     single = [item for item in judged if len(item[0][2]) == 1]  # type: ignore[index]
     assert [item[0][2][0] for item in single] == data.validation  # type: ignore[index]
     (model, tokenizer, _, _), named, _ = single[0]  # type: ignore[misc]
     together = judge(model, tokenizer, data.validation, None, **named)
     assert counted == [sum(item.correct for item in together)]
     assert record.privacy is not None and (record.privacy.score, record.privacy.score_of) == (counted[0], 20)
-    assert record.privacy.epsilon == max(epsilon([Event(2.0, 1.0)], 1e-5), run.make_plan(scored, data).epsilon())
+    assert record.privacy.epsilon == max(epsilon([Event(2.0, 1.0)], 1e-5), make_plan(scored, data).epsilon())
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -24,12 +24,18 @@ ALLOWED = {
     "sweep": {"config"},
     "status": {"records", "lease", "sweep"},
     "report": {"config", "records", "sweep", "privacy"},
-    "run": {"config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"},
-    "search": {"config", "records", "privacy", "sweep", "run"},
+    "guarantee": {"config", "records", "data", "privacy"},
+    "preparation": {"config", "records", "data", "models", "privacy", "guarantee"},
+    "provenance": {"config", "records", "preparation"},
+    "run": {
+        *("config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"),
+        *("guarantee", "preparation", "provenance", "text_metrics"),
+    },
+    "search": {"config", "records", "privacy", "sweep", "guarantee", "preparation", "run"},
     "sync": {"config", "records", "lease", "tracking", "report"},
     "cli": {"config", "records", "sweep", "status", "run", "report", "sync"},
 }
-LIGHT = ["config", "records", "lease", "sweep", "status", "report", "sync"]
+LIGHT = ["config", "records", "lease", "sweep", "status", "guarantee", "report", "sync"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 

@@ -12,10 +12,10 @@ from dptune.config import AdapterConfig
 from dptune.data.batches import Layout, collate, example_losses, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
+from dptune.preparation import made_up_rows
 from dptune.privacy.batch_shape import FixedShapeEngine, fixed_shape_engine
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, LoopEngine, moved
-from dptune.run import made_up_rows
 
 LENGTH, SIZE = 16, 6
 

@@ -183,7 +183,7 @@ def test_hooks_refuse_a_layer_that_does_not_see_every_row() -> None:
 
 
 def probes(tokenizer):
-    from dptune.run import made_up_rows
+    from dptune.preparation import made_up_rows
 
     rows = made_up_rows(len(tokenizer), (7, 9, 5))
     changed = [*rows[:-1], made_up_rows(len(tokenizer), (7, 9, 5), shift=101)[-1]]

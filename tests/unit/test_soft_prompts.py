@@ -10,9 +10,9 @@ from dptune.data.encoding import encode
 from dptune.data.templates import plain as prompt
 from dptune.models.adapters import set_modes
 from dptune.models.soft_prompts import attach_soft_prompt
+from dptune.preparation import made_up_rows
 from dptune.privacy.engines import ENGINES, checked_engine
 from dptune.privacy.gradients import EngineError, trained
-from dptune.run import made_up_rows
 
 LAYOUT = Layout(pad=0)
 PAIRS = [(prompt("which team ?", "reset my code"), "support"), ("x", "no"), (prompt("is it late ?", "kim 12"), "yes")]
