@@ -267,7 +267,7 @@ def test_the_score_counts_right_answers_on_the_validation_split(
     assert [item[0][2][0] for item in single] == data.validation  # type: ignore[index]
     (model, tokenizer, _, _), named, _ = single[0]  # type: ignore[misc]
     together = judge(model, tokenizer, data.validation, None, **named)
-    assert counted == [sum(item.correct for item in together)]
+    assert counted == [sum(item.correct for item in together[0])]
     assert record.privacy is not None and (record.privacy.score, record.privacy.score_of) == (counted[0], 20)
     assert record.privacy.epsilon == max(epsilon([Event(2.0, 1.0)], 1e-5), make_plan(scored, data).epsilon())
 
