@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +48,6 @@ from dptune.records import (
     read,
     write_atomically,
 )
-from dptune.text_metrics import Written
 from dptune.training import checkpoint
 from dptune.training.checkpoint import Checkpoint, CheckpointError
 from dptune.training.loop import Step, train
@@ -255,25 +254,19 @@ def execute(
     sequence_length = config.environment.sequence_length
     seen = {example.input for example in data.train} if data.public or not plan.private else None
 
-    def judged(
-        model: torch.nn.Module, examples: Sequence[Example], seen: Collection[str] | None
-    ) -> tuple[list[evaluation.Judgement], list[Written]]:
-        return evaluation.judge(
-            model.eval(),
-            prepared.backbone.tokenizer,
-            examples,
-            seen,
-            layout=prepared.backbone.layout,
-            sequence_length=sequence_length,
-            batch_size=config.compute.evaluation_batch_size,
-            max_new_tokens=config.evaluation.max_new_tokens,
-            template=config.data.template,
-        )
-
+    judge = functools.partial(
+        evaluation.judge,
+        layout=prepared.backbone.layout,
+        sequence_length=sequence_length,
+        batch_size=config.compute.evaluation_batch_size,
+        max_new_tokens=config.evaluation.max_new_tokens,
+        template=config.data.template,
+    )
+    tokenizer = prepared.backbone.tokenizer
     examples = evaluation.judged(data.test, config.evaluation.prompts)
 
     def measure(model: torch.nn.Module) -> tuple[list[evaluation.Judgement], Metrics]:
-        judgements, written = judged(model, examples, seen)
+        judgements, written = judge(model.eval(), tokenizer, examples, seen)
         return judgements, evaluation.summarise(judgements, written)
 
     record.parameters = adapters.count(model)
@@ -309,7 +302,7 @@ def execute(
     save_adapter(model, folder.path / ADAPTER_FOLDER)
     if config.privacy.score_noise_multiplier is not None:
         # One at a time: beside others a record would be padded, and its rounding would depend on them.
-        right = sum(judged(model, [example], None)[0][0].correct for example in data.validation)
+        right = sum(judge(model.eval(), tokenizer, [example], None)[0][0].correct for example in data.validation)
         record.privacy = scored(record.privacy, right, len(data.validation), config, prepared)
     record.cost = Cost(
         seconds=time.perf_counter() - begin + earlier,
