@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from omegaconf import OmegaConf
 from dptune import evaluation, tracking
 from dptune.config import Config, run_id
 from dptune.data.encoding import Encoded, encode_examples
-from dptune.data.schema import Example
 from dptune.data.sources import load as load_data
 from dptune.guarantee import describe, epsilon_marks, privacy_of, score_epsilon
 from dptune.lease import Claim, ClaimLost, claimed, holder
