@@ -1,6 +1,9 @@
-"""A W&B workspace for what `make sync` uploads: `python analysis/workspace.py ENTITY/PROJECT [--records outputs]`.
+"""A W&B workspace and a report of what `make sync` uploads.
 
-Saving needs an account; `--dry-run` builds the workspace and lists its panels without one. Every save makes a new view.
+    python analysis/workspace.py ENTITY/PROJECT [--records outputs] [--dry-run]
+
+Saving needs an account; `--dry-run` builds both and lists their panels without one. Every save makes a new view and a
+new draft of the report.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
@@ -20,16 +24,17 @@ METHOD = "JobType"
 """Runs are uploaded with their method as job type; seeds and settings of one method are summed up by it."""
 
 
-def workspace(entity: str, project: str, tasks: Sequence[str] = ()) -> ws.Workspace:
-    """The workspace, built without network.
+ACCURACY = "metrics/accuracy"
+
+
+def sections(tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """Panels by section, in the order in which they are read.
 
     Args:
-        entity: W&B user or team.
-        project: W&B project.
         tasks: names of the tasks, one panel each.
     """
-    accuracy = "metrics/accuracy"
-    sections = {
+    accuracy = ACCURACY
+    return {
         "Privacy and utility": [
             against("privacy/epsilon", accuracy, "Accuracy by ε spent", log_x=True),
             against("privacy/noise_multiplier", accuracy, "Accuracy by noise multiplier", log_x=True),
@@ -42,7 +47,7 @@ def workspace(entity: str, project: str, tasks: Sequence[str] = ()) -> ws.Worksp
             against("parameters/trainable", "privacy/epsilon", "ε by trained parameters", log_x=True),
             by_method("parameters/fraction", "Share of parameters that is trained (lower is better)"),
         ],
-        "Stability": [
+        "Hyperparameters": [
             wr.ParallelCoordinatesPlot(
                 title="Settings and accuracy",
                 columns=[
@@ -58,9 +63,17 @@ def workspace(entity: str, project: str, tasks: Sequence[str] = ()) -> ws.Worksp
             ),
             wr.ParameterImportancePlot(with_respect_to=accuracy),
             by_setting("hyperparameter.learning_rate", accuracy, "Accuracy by learning rate"),
+            by_setting("hyperparameter.rank", accuracy, "Accuracy by rank"),
+        ],
+        "Environment": [
             by_setting("environment.optimizer", accuracy, "Accuracy by optimizer"),
-            by_setting("data_sensitivity.name", accuracy, "Accuracy by condition of the data"),
+            by_setting("environment.precision", accuracy, "Accuracy by precision of the backbone"),
+            by_setting("environment.backbone_quantization", accuracy, "Accuracy by rounding of the backbone's weights"),
             by_setting("environment.seed", accuracy, "Accuracy by seed"),
+        ],
+        "Data": [
+            by_setting("data_sensitivity.name", accuracy, "Accuracy by condition of the data"),
+            by_setting("data.train_size", accuracy, "Accuracy by number of training records"),
         ],
         "Tasks": [
             by_method("metrics/spread_over_tasks", "Spread over tasks (lower is better)"),
@@ -80,19 +93,41 @@ def workspace(entity: str, project: str, tasks: Sequence[str] = ()) -> ws.Worksp
         ],
         "Sweeps and runs": [wr.WeavePanelSummaryTable(table_name=SWEEP_TABLE), wr.RunComparer(diff_only="split")],
     }
+
+
+def workspace(entity: str, project: str, tasks: Sequence[str] = ()) -> ws.Workspace:
+    """The workspace of a user's or team's project, built without network."""
     return ws.Workspace(
         entity=entity,
         project=project,
         name="dptune",
         sections=[
-            ws.Section(name=name, panels=panels, is_open=at < 3) for at, (name, panels) in enumerate(sections.items())
+            ws.Section(name=name, panels=panels, is_open=at < 3)
+            for at, (name, panels) in enumerate(sections(tasks).items())
         ],
         settings=ws.WorkspaceSettings(max_runs=100),
         runset_settings=ws.RunsetSettings(
             groupby=[ws.Metric(METHOD)],
-            pinned_columns=[f"summary:{name}" for name in (accuracy, "privacy/epsilon", "privacy/delta")],
+            pinned_columns=[f"summary:{name}" for name in (ACCURACY, "privacy/epsilon", "privacy/delta")],
         ),
     )
+
+
+def report(entity: str, project: str, tasks: Sequence[str] = ()) -> wr.Report:
+    """The same panels as a document to pass on, each section under its heading, built without network."""
+    runs = wr.Runset(entity=entity, project=project, name="runs", groupby=[METHOD])
+    blocks: list[Any] = [wr.P(READING), wr.TableOfContents()]
+    for name, panels in sections(tasks).items():
+        blocks += [wr.H2(name), wr.PanelGrid(runsets=[runs], panels=panels)]
+    return wr.Report(
+        entity=entity, project=project, title="dptune: privacy, accuracy and parameters", width="fluid", blocks=blocks
+    )
+
+
+READING = (
+    "A bar or point is the mean over the runs of a method, whatever their settings: choose runs before comparing. "
+    "Epsilon is an upper bound for one run and excludes the choice among runs; tables of dptune state that of all."
+)
 
 
 def against(x: str, y: str, title: str, log_x: bool = False) -> wr.ScatterPlot:
@@ -140,15 +175,18 @@ def main() -> None:
     entity, _, project = arguments.place.partition("/")
     if not entity or not project or "/" in project:
         parser.error(f"{arguments.place} is not ENTITY/PROJECT")
-    made = workspace(entity, project, tasks_of(arguments.records))
+    tasks = tasks_of(arguments.records)
+    made, document = workspace(entity, project, tasks), report(entity, project, tasks)
     if arguments.dry_run:
         for section in made.sections:
             titles = (getattr(panel, "title", None) or type(panel).__name__ for panel in section.panels)
             print(f"{section.name}: {'; '.join(titles)}")
+        print(f"and a report of {len(document.blocks)} blocks")
     elif not has_account():
         parser.error("no W&B account is configured: set WANDB_API_KEY or run `wandb login`, or add --dry-run")
     else:
         print(made.save().url)
+        print(document.save(draft=True).url)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,19 @@ def test_no_panel_stays_empty(panels: list[dict[str, Any]]) -> None:
     assert checked > len(panels)
 
 
+def test_the_report_shows_every_section_of_the_workspace(script: ModuleType) -> None:
+    tasks = script.tasks_of(SAMPLE)
+    sections, made = script.sections(tasks), script.report("team", "project", tasks)
+    grids = [block for block in made.blocks if type(block).__name__ == "PanelGrid"]
+    assert [len(grid.panels) for grid in grids] == [len(panels) for panels in sections.values()]
+    assert {"Hyperparameters", "Environment", "Data"} <= set(sections)
+    assert [block.text for block in made.blocks if type(block).__name__ == "H2"] == list(sections)
+    assert all((runs.entity, runs.project) == ("team", "project") for grid in grids for runs in grid.runsets)
+    for grid in grids:
+        places = [(panel.layout.x, panel.layout.y) for panel in grid.panels]
+        assert len(set(places)) == len(places)
+
+
 def test_every_task_has_its_panel(panels: list[dict[str, Any]]) -> None:
     shown = {name for panel in panels for name in panel["config"].get("metrics") or ()}
     record = collect(SAMPLE).records[0]
