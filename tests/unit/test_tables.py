@@ -355,3 +355,16 @@ def test_tables_are_written_as_csv_latex_and_html(tmp_path: Path) -> None:
     assert "0.850" in great(tables[0]).as_raw_html()
     assert to_latex(tables[0]).isascii() and r"$\varepsilon$" in to_latex(tables[0])
     assert "1.0000" in markdown(tables[1]) and "300 (2)" in markdown(tables[1])
+
+
+def test_each_backbone_has_its_floor(tmp_path: Path) -> None:
+    jobs = smoke(tmp_path, "model=tiny,nano", "environment.seed=0,1", "privacy=adaptive")
+    for job in jobs:
+        finish(job, 0.7, tmp_path)
+        record = read(tmp_path / job.run_id)
+        assert record is not None and record.zero_shot is not None
+        record.zero_shot.accuracy = 0.1 if job.config.model.name == "nano" else 0.2
+        record.write(tmp_path / job.run_id)
+    lines = shown(tmp_path, jobs).splitlines()
+    assert "| zero-shot (floor), model=tiny | 0.200 [" in lines[4]
+    assert "| zero-shot (floor), model=nano | 0.100 [" in lines[5]

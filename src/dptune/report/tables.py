@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from dptune.report.intervals import Array, Estimate, Judgements, mean_over_runs,
 from dptune.report.procedure import Procedure, procedures
 from dptune.report.results import DONE, STALE, Results
 from dptune.report.settings import SEED, Setting, comparable, mixed, references, why_apart
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NONE = "–"
 
@@ -185,7 +188,7 @@ def main_table(name: str, results: Results, title: str | None = None) -> Table:
         Column("trainable", "trainable (%)", "↓"),
         Column("seconds", "time, s", "↓"),
     )
-    rows = [floor_row(results)] if len(results.done) else []
+    rows = floor_rows(results)
     compared_with = references(settings)
     position = {id(setting): at for at, setting in enumerate(settings, 1)}
     for at, (setting, reference) in enumerate(zip(settings, compared_with, strict=True), 1):
@@ -222,10 +225,17 @@ def setting_row(results: Results, setting: Setting, difference: Cell) -> dict[st
     }
 
 
-def floor_row(results: Results) -> dict[str, Cell]:
-    """The backbone before training, if the runs have one in common."""
-    done = results.done
-    row: dict[str, Cell] = {"setting": Cell("zero-shot (floor)"), "epsilon": Cell("none")}
+def floor_rows(results: Results) -> list[dict[str, Cell]]:
+    """Each backbone before training."""
+    done, model = results.done, "config.model.name"
+    if model not in done or done[model].nunique() < 2:
+        return [floor_row(done)] if len(done) else []
+    return [floor_row(runs, f", model={name}") for name, runs in done.groupby(model, sort=False)]
+
+
+def floor_row(done: pd.DataFrame, which: str = "") -> dict[str, Cell]:
+    """What most of some finished runs began with."""
+    row: dict[str, Cell] = {"setting": Cell(f"zero-shot (floor){which}"), "epsilon": Cell("none")}
     if "zero_shot.accuracy" not in done or not done["zero_shot.accuracy"].notna().any():
         return {**row, "accuracy": Cell("not measured")}
     known = done[done["zero_shot.accuracy"].notna()]
@@ -235,7 +245,7 @@ def floor_row(results: Results) -> dict[str, Cell]:
         same = known["zero_shot.accuracy"] == common
         if 2 * same.sum() <= len(known):
             return {**row, "accuracy": Cell(f"differs between runs ({different} values)")}
-        row["setting"] = Cell(f"zero-shot (floor of {same.sum()} of {len(known)} runs)")
+        row["setting"] = Cell(f"zero-shot (floor of {same.sum()} of {len(known)} runs){which}")
         known = known[same]
     first = known.iloc[0]
     accuracy = share_of_one_run(float(first["zero_shot.accuracy"]), int(first["zero_shot.n"]))
