@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from dptune import records, run, tracking
+from dptune import preparation, records, run, tracking
 from dptune.config import Config, run_id, strict
 from dptune.lease import holder
 from dptune.sweep import ROOT, without_hydra
@@ -221,7 +221,8 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
     two = folder_of(config)
     if damage == "code":
         with monkeypatch.context() as patch:
-            patch.setattr(run, "code_version", lambda: "older")
+            for module in (run, preparation):
+                patch.setattr(module, "code_version", lambda: "older")
             interrupted(config, patch, after=5)
     else:
         interrupted(config, monkeypatch, after=5)

@@ -423,8 +423,17 @@ def test_an_adapter_of_a_rounded_backbone_opens_with_the_recorded_accuracy(confi
     model = adapters.load(backbone.model, Path(config.compute.output_root) / record.run_id / "adapter")
     data = load(config)
     seen = {example.input for example in data.train}
-    found = judge(model, backbone.tokenizer, data.test, seen, layout=backbone.layout, sequence_length=96, batch_size=16)
-    metrics = summarise(found)
+    found, _ = judge(
+        model,
+        backbone.tokenizer,
+        data.test,
+        seen,
+        layout=backbone.layout,
+        sequence_length=96,
+        batch_size=16,
+        max_new_tokens=config.evaluation.max_new_tokens,
+    )
+    metrics = summarise(found, [])
     assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
     assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
     config.environment.backbone_quantization = "none"
