@@ -75,7 +75,7 @@ $(SMOLLM2): | $(STAMP)
 test: $(STAMP) ## Run the tests
 	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 
-test-all: $(STAMP) ## Run the slow tests, too: twenty kills over a sweep
+test-all: $(STAMP) $(SMOLLM2) ## Run the slow tests, too: twenty kills over a sweep, a short run of SmolLM2
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow" $(ARGS)
 
 check: $(STAMP) ## Formatting, linting and types

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
     InterpolationKeyError,
+    InterpolationResolutionError,
     OmegaConfBaseException,
 )
 
@@ -442,6 +443,10 @@ def strict(tree: DictConfig | Mapping[str, Any]) -> Config:
         config = OmegaConf.to_object(merged)
     except InterpolationKeyError as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
+    except InterpolationResolutionError as error:
+        lacking = re.search(r"Environment variable '(\w+)' not found", str(error))
+        reason = f"the environment variable {lacking[1]} is not set" if lacking else _first_line(error)
+        raise ConfigError(f"{error.full_key}: {reason}; set it, or give {error.full_key}=...") from None
     except ConfigKeyError as error:
         raise ConfigError(unknown_key(str(error.full_key))) from None
     except OmegaConfBaseException as error:

@@ -21,6 +21,16 @@ CHOICES = sorted(
 )
 
 
+@pytest.fixture(autouse=True)
+def places(model_folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sweeps on files are told by the environment."""
+    folder = tmp_path_factory.mktemp("data")
+    for source in ("sst2", "bigbench", "sgd", "e2e", "irc"):
+        (folder / f"{source}.jsonl").write_text(source)
+    monkeypatch.setenv("DPTUNE_MODEL", str(model_folder))
+    monkeypatch.setenv("DPTUNE_DATA", str(folder))
+
+
 def test_axes_are_joined_and_the_reference_is_one_job() -> None:
     jobs = expand({"seed": "0,1"}, [{}, {"lr": "0.1,0.2"}, {"rank": 2}], [])
     assert [job for job, _ in jobs] == [
@@ -39,6 +49,16 @@ def test_axes_are_joined_and_the_reference_is_one_job() -> None:
 def test_the_command_line_wins_over_the_file() -> None:
     jobs = expand({"seed": "0,1"}, [{}, {"lr": "0.1,0.2"}], ["seed=7", "lr=0.3,0.4"])
     assert jobs == [(["seed=7", "lr=0.3"], ["lr=0.3"]), (["seed=7", "lr=0.4"], ["lr=0.4"])]
+
+
+def test_a_sweep_on_files_says_which_path_is_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.delenv("DPTUNE_MODEL")
+        with pytest.raises(ConfigError, match=r"model.path: .* DPTUNE_MODEL is not set; set it, or give model.path="):
+            load("real/sst2")
+    monkeypatch.setenv("DPTUNE_DATA", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data.path=.*sst2\* is not a file"):
+        load("real/sst2")
 
 
 def test_sweeps_in_folders_are_found() -> None:
