@@ -71,35 +71,40 @@ class ModelConfig:
     """Commit of `repo`, all 40 digits: a branch may hold other weights tomorrow."""
 
 
+@dataclass(frozen=True)
+class AdapterRules:
+    """What goes together with a kind of adapter on any backbone."""
+
+    placed: bool = True
+    """Whether `target_modules` and `top_layers` say where it is."""
+    top_only: bool = False
+    """Whether only `top_layers` does."""
+    own_weights: bool = False
+    """Whether it trains the backbone's own parameters, which must be float32 then."""
+    changes_matrices: bool = False
+    """Whether it trains or prunes the matrices of linear layers, which must not be rounded then."""
+
+
+ADAPTERS: Mapping[str, AdapterRules] = {
+    **dict.fromkeys(
+        ("lora", "ffa_lora", "lora_xs", "dora", "adalora", "vera", "ia3", "loha", "lokr", "oft", "boft", "fourierft"),
+        AdapterRules(),
+    ),
+    **dict.fromkeys(("prompt", "p_tuning", "prefix"), AdapterRules(placed=False)),
+    **dict.fromkeys(("houlsby", "pfeiffer", "parallel"), AdapterRules(top_only=True)),
+    **dict.fromkeys(("bitfit", "ln_tuning"), AdapterRules(own_weights=True)),
+    "head": AdapterRules(placed=False, own_weights=True),
+    "full": AdapterRules(top_only=True, own_weights=True, changes_matrices=True),
+    "pst": AdapterRules(changes_matrices=True),
+}
+"""Every choice of `adapter.name`."""
+
+
 @dataclass
 class AdapterConfig:
     """The projection subspace: which parameters are trained. Its rank is `hyperparameter.rank`."""
 
-    name: str = _one_of(
-        "lora",
-        "ffa_lora",
-        "lora_xs",
-        "dora",
-        "adalora",
-        "vera",
-        "ia3",
-        "loha",
-        "lokr",
-        "oft",
-        "boft",
-        "fourierft",
-        "prompt",
-        "p_tuning",
-        "prefix",
-        "houlsby",
-        "pfeiffer",
-        "parallel",
-        "bitfit",
-        "ln_tuning",
-        "head",
-        "full",
-        "pst",
-    )
+    name: str = _one_of(*ADAPTERS)
     """Kind of adapter; `src/dptune/models/README.md` describes each."""
     target_modules: list[str] | None = None
     """Suffixes of the layers that carry the adapter; null means what is usual for its kind."""
@@ -634,6 +639,7 @@ def _check_together(config: Config) -> None:
         )
     if privacy.score_noise_multiplier is not None:
         _check_score(config)
+    check_adapter(config.adapter, config.environment)
     _check_data(data)
     _check_model(config.model)
     if privacy.unit == "example" and data.train_size is not None:
@@ -647,6 +653,32 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"hyperparameter.warmup_steps={hyper.warmup_steps} leaves nothing of hyperparameter.steps={hyper.steps}; "
             "lower the warm-up"
+        )
+
+
+def check_adapter(config: AdapterConfig, environment: EnvironmentConfig) -> None:
+    """Raises ConfigError for what cannot be on any backbone of this environment."""
+    kind = ADAPTERS[config.name]
+    if config.dropout > 0:
+        raise ConfigError(
+            f"adapter.dropout={config.dropout:g} would be noise that the privacy plan did not draw; leave it 0"
+        )
+    if config.embeddings and config.name != "lora":
+        raise ConfigError(f"adapter.embeddings=true is for adapter=lora, not for adapter={config.name}; leave it false")
+    if config.target_modules is not None and (kind.top_only or not kind.placed):
+        raise ConfigError(f"adapter.target_modules has no meaning for adapter={config.name}; leave it null")
+    if config.top_layers is not None and not kind.placed:
+        raise ConfigError(f"adapter.top_layers has no meaning for adapter={config.name}; leave it null")
+    if kind.changes_matrices and environment.backbone_quantization != "none":
+        raise ConfigError(
+            f"adapter={config.name} changes the backbone's own matrices, which "
+            f"environment.backbone_quantization={environment.backbone_quantization} rounds; set it to none, or choose "
+            "adapter=lora"
+        )
+    if kind.own_weights and environment.precision != "float32":
+        raise ConfigError(
+            f"adapter={config.name} trains the backbone's own weights, which must be float32; set "
+            f"environment.precision=float32 instead of {environment.precision}, or choose adapter=lora"
         )
 
 

@@ -13,7 +13,7 @@ from backbones_for_tests import BACKBONES, layout_of
 from peft import PeftModel
 from safetensors import safe_open
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config import ADAPTERS, AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
@@ -459,9 +459,9 @@ def test_backbones_that_couple_records_are_refused() -> None:
 
 
 def test_low_precision_backbones_carry_adapters_in_float32_but_are_not_trained_themselves() -> None:
-    for name, kind in KINDS.items():
+    for name, rules in ADAPTERS.items():
         model = BACKBONES["llama"]().to(torch.bfloat16)
-        if kind.own_weights:
+        if rules.own_weights:
             with pytest.raises(ConfigError, match="is not float32; set environment.precision=float32"):
                 attach(model, AdapterConfig(name=name), rank=2, steps=10, seed=0)
             continue
@@ -469,3 +469,7 @@ def test_low_precision_backbones_carry_adapters_in_float32_but_are_not_trained_t
         example_losses(adapted, collate([Encoded((5, 6, 7), 1)], layout_of("llama"))).sum().backward()
         gradients = [value.grad for value in adapters.trainable(adapted).values()]
         assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients), name
+
+
+def test_every_adapter_has_its_rules_and_its_function() -> None:
+    assert set(KINDS) == set(ADAPTERS)

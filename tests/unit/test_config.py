@@ -36,6 +36,7 @@ def test_the_defaults_are_a_config() -> None:
         ("privacy.unit=user_els", "needs privacy.examples_per_user"),
         ("privacy.examples_per_user=4", "privacy.examples_per_user is for users"),
         ("data.name=jsonl", "data=jsonl needs data.path"),
+        ("adapter.dropout=0.1", "adapter.dropout=0.1 would be noise that the privacy plan did not draw"),
         ("data.path=nowhere.jsonl", "data=supportdesk is embedded"),
         ("data.hub_id=some/data", "data.hub_id is given but data=supportdesk is embedded"),
         ("data.splits=[train:learn]", "data.splits: train:learn is not SOURCE:OURS, with one of train, validation"),
@@ -99,3 +100,16 @@ def test_noise_of_private_data_is_secure_unless_told_otherwise(tmp_path: Path) -
     assert noise_mode(strict(tree())) == "reproducible"
     assert noise_mode(strict(tree("data.name=jsonl", f"data.path={file}"))) == "secure"
     assert noise_mode(strict(tree("privacy.noise_mode=secure"))) == "secure"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("adapter.name=full", "environment.precision=bfloat16"), "adapter=full trains the backbone's own weights"),
+        (("adapter.name=pst", "environment.backbone_quantization=nf4"), "backbone_quantization=nf4 rounds"),
+        (("adapter.name=prompt", "adapter.top_layers=1"), "adapter.top_layers has no meaning for adapter=prompt"),
+    ],
+)
+def test_what_cannot_be_on_any_backbone_is_said_before_one_is_loaded(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        strict(tree(*overrides))

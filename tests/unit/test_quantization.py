@@ -11,7 +11,7 @@ from peft import PeftModel
 from scipy.stats import norm
 from transformers.pytorch_utils import Conv1D
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config import ADAPTERS, AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
@@ -143,7 +143,7 @@ MATRIX = [(name, "llama", "nf4") for name in adapters.KINDS] + [
 @pytest.mark.parametrize(("name", "backbone", "kind"), MATRIX)
 def test_gradients_on_a_rounded_backbone_are_those_on_its_weights(name: str, backbone: str, kind: str) -> None:
     rough, same = pair(backbone, kind)
-    if adapters.KINDS[name].changes_matrices:
+    if ADAPTERS[name].changes_matrices:
         with pytest.raises(
             ConfigError, match=rf"adapter={name} changes .*q_proj is rounded to nf4; set .*=none, or"
         ) as error:

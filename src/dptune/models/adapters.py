@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config import ADAPTERS, AdapterConfig, ConfigError, EnvironmentConfig, check_adapter
 from dptune.models import own_adapters, peft_adapters
 from dptune.models.layers import ARCHITECTURES, architecture_of, check_rows_are_independent
 from dptune.models.pst import prune, pst
@@ -56,14 +56,6 @@ class AdapterKind:
     """What is done to it after each step of the optimizer."""
     unchanged: bool = True
     """Whether a fresh one leaves the backbone's outputs as they are."""
-    placed: bool = True
-    """Whether `target_modules` and `top_layers` say where it is."""
-    top_only: bool = False
-    """Whether only `top_layers` does."""
-    own_weights: bool = False
-    """Whether it trains the backbone's own parameters, which must be float32 then."""
-    changes_matrices: bool = False
-    """Whether it trains or prunes the matrices of linear layers, which must not be rounded then."""
 
 
 KINDS: Mapping[str, AdapterKind] = {
@@ -79,26 +71,20 @@ KINDS: Mapping[str, AdapterKind] = {
     "oft": AdapterKind(peft_adapters.oft, FUNCTIONAL, LINEAR_ONLY),
     "boft": AdapterKind(peft_adapters.boft, FUNCTIONAL, LINEAR_ONLY),
     "fourierft": AdapterKind(peft_adapters.fourierft, FUNCTIONAL),
-    "prompt": AdapterKind(peft_adapters.prompt, FUNCTIONAL, unchanged=False, placed=False),
-    "p_tuning": AdapterKind(peft_adapters.p_tuning, FUNCTIONAL, unchanged=False, placed=False),
-    "prefix": AdapterKind(peft_adapters.prefix, FUNCTIONAL, unchanged=False, placed=False),
-    "houlsby": AdapterKind(own_adapters.houlsby, HOOKS, top_only=True),
-    "pfeiffer": AdapterKind(own_adapters.pfeiffer, HOOKS, top_only=True),
-    "parallel": AdapterKind(own_adapters.parallel, HOOKS, top_only=True),
-    "bitfit": AdapterKind(own_adapters.bitfit, FUNCTIONAL, own_weights=True),
-    "ln_tuning": AdapterKind(peft_adapters.ln_tuning, FUNCTIONAL, own_weights=True),
-    "head": AdapterKind(own_adapters.head, HOOKS, placed=False, own_weights=True),
+    "prompt": AdapterKind(peft_adapters.prompt, FUNCTIONAL, unchanged=False),
+    "p_tuning": AdapterKind(peft_adapters.p_tuning, FUNCTIONAL, unchanged=False),
+    "prefix": AdapterKind(peft_adapters.prefix, FUNCTIONAL, unchanged=False),
+    "houlsby": AdapterKind(own_adapters.houlsby, HOOKS),
+    "pfeiffer": AdapterKind(own_adapters.pfeiffer, HOOKS),
+    "parallel": AdapterKind(own_adapters.parallel, HOOKS),
+    "bitfit": AdapterKind(own_adapters.bitfit, FUNCTIONAL),
+    "ln_tuning": AdapterKind(peft_adapters.ln_tuning, FUNCTIONAL),
+    "head": AdapterKind(own_adapters.head, HOOKS),
     # T5's relative_attention_bias is looked up once for a whole batch.
-    "full": AdapterKind(
-        own_adapters.full,
-        {**FUNCTIONAL, "encoder_decoder": "loop"},
-        top_only=True,
-        own_weights=True,
-        changes_matrices=True,
-    ),
-    "pst": AdapterKind(pst, FUNCTIONAL, after_step=prune, changes_matrices=True),
+    "full": AdapterKind(own_adapters.full, {**FUNCTIONAL, "encoder_decoder": "loop"}),
+    "pst": AdapterKind(pst, FUNCTIONAL, after_step=prune),
 }
-"""Every choice of `adapter.name`."""
+"""Every kind of `config.ADAPTERS`."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,8 @@ def attach(model: torch.nn.Module, config: AdapterConfig, *, rank: int, steps: i
     """
     kind = KINDS[config.name]
     check_rows_are_independent(model)
-    _check_fields(kind, config, model)
+    check_adapter(config, EnvironmentConfig())
+    _check_model(config, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = kind.attach(model.requires_grad_(False), config, rank, steps)
@@ -229,26 +216,17 @@ def _attached(model: Any) -> Attached:
     return attached
 
 
-def _check_fields(kind: AdapterKind, config: AdapterConfig, model: torch.nn.Module) -> None:
+def _check_model(config: AdapterConfig, model: torch.nn.Module) -> None:
+    rules = ADAPTERS[config.name]
     engine_of(config.name, architecture_of(model))
-    if config.dropout > 0:
-        raise ConfigError(
-            f"adapter.dropout={config.dropout:g} would be noise that the privacy plan did not draw; leave it 0"
-        )
-    if config.embeddings and config.name != "lora":
-        raise ConfigError(f"adapter.embeddings=true is for adapter=lora, not for adapter={config.name}; leave it false")
-    if config.target_modules is not None and (kind.top_only or not kind.placed):
-        raise ConfigError(f"adapter.target_modules has no meaning for adapter={config.name}; leave it null")
-    if config.top_layers is not None and not kind.placed:
-        raise ConfigError(f"adapter.top_layers has no meaning for adapter={config.name}; leave it null")
-    if kind.changes_matrices and (rounded := rounded_layers(model)):
+    if rules.changes_matrices and (rounded := rounded_layers(model)):
         name, layer = next(iter(rounded.items()))
         raise ConfigError(
             f"adapter={config.name} changes the backbone's own matrices, and that of {name} is rounded to "
             f"{layer.quantization}; set environment.backbone_quantization=none, or choose adapter=lora"
         )
     low = next((name for name, value in model.named_parameters() if value.dtype != torch.float32), None)
-    if kind.own_weights and low is not None:
+    if rules.own_weights and low is not None:
         raise ConfigError(
             f"adapter={config.name} trains the backbone's own weights, and {low} is not float32; set "
             "environment.precision=float32"
