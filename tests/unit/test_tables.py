@@ -368,3 +368,16 @@ def test_each_backbone_has_its_floor(tmp_path: Path) -> None:
     lines = shown(tmp_path, jobs).splitlines()
     assert "| zero-shot (floor), model=tiny | 0.200 [" in lines[4]
     assert "| zero-shot (floor), model=nano | 0.100 [" in lines[5]
+
+
+def test_a_setting_without_a_baseline_is_compared_with_the_reference_of_its_method(tmp_path: Path) -> None:
+    ways = (["privacy=adaptive"], ["privacy=adaptive", "hyperparameter.rank=8"], ["privacy=uniform"])
+    jobs = [job for way in ways for job in smoke(tmp_path, *way, "environment.seed=0,1")]
+    jobs += smoke(tmp_path, "privacy=adaptive,uniform", "hyperparameter.max_grad_norm=5", "environment.seed=0,1")
+    for at, job in enumerate(jobs):
+        finish(job, 0.5 + 0.01 * at, tmp_path)
+    rows = [line.split(" | ") for line in shown(tmp_path, jobs).splitlines() if line[:2] == "| " and line[2].isdigit()]
+    told = {row[1]: row[3] for row in rows}
+    number = {row[1]: row[0].strip("| ") for row in rows}
+    assert told["rank=8"].endswith(f" to {number['reference']}")
+    assert told["reference"].endswith(f" to {number['privacy=uniform']}") and told["privacy=uniform"] == "reference"

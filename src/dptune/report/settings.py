@@ -188,13 +188,14 @@ def references(settings: Sequence[Setting]) -> list[Setting | None]:
     """What each setting is compared with: the baseline of its epsilon, or what most settings are varied around.
 
     Where a table holds several methods, the baseline is DP-LoRA or uniform noise, else the first; where that was run at
-    several settings, the one that is equal in everything but the method.
+    several settings, the one that is equal in everything but the method. A setting without such a partner is compared
+    with what the settings of its method are varied around.
     """
+    middle = next((item for item in settings if item.label.partition(" [")[0] == "reference" and item.done), None)
     private = [item for item in settings if item.private and item.done]
     arms = list(dict.fromkeys(item.arm for item in private))
     if len(arms) < 2:
-        middle = [item for item in settings if item.label.partition(" [")[0] == "reference" and item.done]
-        return [middle[0] if middle else None] * len(settings)
+        return [middle] * len(settings)
     base = next((arm for arm in arms if arm == "dp_lora" or arm.endswith("+ uniform")), arms[0])
     names = [name for name in private[0].columns if name.startswith("config.") and not name.startswith(NOT_METHOD)]
     varied = [name for name in names if len({repr(item.columns[name][item.rows[0]]) for item in settings}) > 1]
@@ -213,7 +214,10 @@ def references(settings: Sequence[Setting]) -> list[Setting | None]:
         stratum = (
             by_target.get(item.target, []) if item.private else [other for at in by_target.values() for other in at]
         )
-        found.append(stratum[0] if len(stratum) == 1 else exactly.get((item.target, rest(item))))
+        partner = stratum[0] if len(stratum) == 1 else exactly.get((item.target, rest(item)))
+        if partner is None and middle not in (None, item) and (item.arm == middle.arm or not item.private):
+            partner = middle
+        found.append(partner)
     return found
 
 
