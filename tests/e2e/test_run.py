@@ -20,7 +20,7 @@ from dptune import guarantee, preparation, records, run
 from dptune.config import Config, ConfigError, run_id
 from dptune.data.batches import collate, physical_batches
 from dptune.data.encoding import Encoded, encode_examples
-from dptune.data.sources import load
+from dptune.data.sources import Dataset, load
 from dptune.evaluation import judge, summarise
 from dptune.models import adapters, backbones
 from dptune.privacy.plan import PrivacyPlan
@@ -57,6 +57,23 @@ def test_a_private_run_leaves_a_whole_record(config: Config) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT 0.21 reads it
+def measured_again(
+    model: torch.nn.Module, backbone: backbones.Backbone, data: Dataset
+) -> tuple[records.Metrics, list[bool]]:
+    """What a run writes down of its model, and which answers were right, in other batches."""
+    found, written = judge(
+        model,
+        backbone.tokenizer,
+        data.test,
+        {example.input for example in data.train},
+        layout=backbone.layout,
+        sequence_length=96,
+        batch_size=16,
+        max_new_tokens=64,
+    )
+    return summarise(found, written), [item.correct for item in found]
+
+
 def test_the_saved_adapter_gives_the_recorded_accuracy(config: Config, model_folder: Path) -> None:
     config.privacy.enabled, config.privacy.target_epsilon = False, None
     config.hyperparameter.learning_rate = 0.1
@@ -65,18 +82,7 @@ def test_the_saved_adapter_gives_the_recorded_accuracy(config: Config, model_fol
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder / "adapter").eval()
     data = load(config)
     backbone = backbones.load(config.model, precision="float32", device="cpu", cache_dir=Path(config.compute.cache_dir))
-    seen = {example.input for example in data.train}
-    found, written = judge(
-        model,
-        backbone.tokenizer,
-        data.test,
-        seen,
-        layout=backbone.layout,
-        sequence_length=96,
-        batch_size=16,
-        max_new_tokens=64,
-    )
-    metrics = summarise(found, written)
+    metrics, right = measured_again(model, backbone, data)
     assert record.metrics is not None
     assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
     assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
@@ -84,7 +90,7 @@ def test_the_saved_adapter_gives_the_recorded_accuracy(config: Config, model_fol
     published = "".join(path.read_text() for path in (folder / "adapter").iterdir() if path.suffix != ".safetensors")
     assert str(model_folder.parent) not in published
     saved = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
-    assert [item["correct"] for item in saved] == [item.correct for item in found]
+    assert [item["correct"] for item in saved] == right
 
 
 def test_a_finished_run_is_not_done_again_unless_forced(config: Config) -> None:
@@ -422,18 +428,7 @@ def test_an_adapter_of_a_rounded_backbone_opens_with_the_recorded_accuracy(confi
     assert record.provenance["backbone"] == backbone.fingerprint
     model = adapters.load(backbone.model, Path(config.compute.output_root) / record.run_id / "adapter")
     data = load(config)
-    seen = {example.input for example in data.train}
-    found, _ = judge(
-        model,
-        backbone.tokenizer,
-        data.test,
-        seen,
-        layout=backbone.layout,
-        sequence_length=96,
-        batch_size=16,
-        max_new_tokens=config.evaluation.max_new_tokens,
-    )
-    metrics = summarise(found, [])
+    metrics, _ = measured_again(model, backbone, data)
     assert metrics.accuracy_by_task == record.metrics.accuracy_by_task
     assert metrics.response_perplexity == pytest.approx(record.metrics.response_perplexity, rel=1e-4)
     config.environment.backbone_quantization = "none"
