@@ -46,7 +46,7 @@ seconds = {"whole": round(time.monotonic() - begin, 1)}
 coins, done, begin = random.Random(1), 0, time.monotonic()
 while True:
     child = start(killed)
-    limit = time.monotonic() + coins.uniform(0.1, 4.0) if done < kills else float("inf")
+    limit = time.monotonic() + coins.uniform(0.1, seconds["whole"] / 5) if done < kills else float("inf")
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < limit:
         time.sleep(0.002)
     if ended[0]:
