@@ -12,7 +12,7 @@ from dptune import sweep
 from dptune.privacy.accounting import Event, rounded_up
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, epsilon_all, score_event
-from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord, read
+from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord, code_version, read
 from dptune.report.commands import figures, table, tables
 from dptune.report.render import great, markdown, to_csv, to_latex, write
 from dptune.report.results import Results, load, of_sweep
@@ -69,7 +69,7 @@ def test_a_table_shows_means_intervals_floor_and_ceiling(tmp_path: Path) -> None
     assert "4 runs are shown without their judged items" in text
 
 
-def test_begun_transcripts_and_stale_runs_count_in_the_epsilon_of_all(tmp_path: Path) -> None:
+def test_begun_transcripts_and_superseded_runs_count_in_the_epsilon_of_all(tmp_path: Path) -> None:
     jobs = [job for job in smoke(tmp_path) if job.config.privacy.enabled]
     for job in jobs:
         finish(job, 0.8, tmp_path)
@@ -80,7 +80,7 @@ def test_begun_transcripts_and_stale_runs_count_in_the_epsilon_of_all(tmp_path: 
     together = rounded_up(epsilon_all([PLAN.events()] * 4, 1e-5))
     text = markdown(main_table("smoke", of_sweep("smoke", jobs[:1], load(tmp_path))))
     assert f"and 2 transcripts that were begun before, is {together:.3f}" in text
-    assert "1 of 1 runs done, 1 stale" in text and "privacy=uniform (stale)" not in text.splitlines()[5]
+    assert "1 of 1 runs done, 1 superseded" in text and "privacy=uniform (superseded)" not in text.splitlines()[5]
 
 
 def test_text_metrics_have_columns_where_a_run_has_them(tmp_path: Path) -> None:
@@ -381,3 +381,22 @@ def test_a_setting_without_a_baseline_is_compared_with_the_reference_of_its_meth
     number = {row[1]: row[0].strip("| ") for row in rows}
     assert told["rank=8"].endswith(f" to {number['reference']}")
     assert told["reference"].endswith(f" to {number['privacy=uniform']}") and told["privacy=uniform"] == "reference"
+
+
+def test_runs_of_other_code_are_told(tmp_path: Path) -> None:
+    jobs = smoke(tmp_path)
+    codes = [code_version(), "0123456789ab", None]
+    for job in jobs:
+        finish(job, 0.8, tmp_path)
+        record = read(tmp_path / job.run_id)
+        assert record is not None
+        record.provenance["code"] = code_version()
+        record.write(tmp_path / job.run_id)
+    assert "Stale" not in shown(tmp_path, jobs)
+    for code, job in zip(codes, jobs, strict=False):
+        record = read(tmp_path / job.run_id)
+        assert record is not None
+        record.provenance["code"] = code
+        record.write(tmp_path / job.run_id)
+    told = f"Stale: 2 of 4 runs were made by other code (0123456789ab) than this ({code_version()})."
+    assert told in shown(tmp_path, jobs).splitlines()

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from dptune.report.settings import Setting
     from dptune.sweep import Job
 
-DONE, FAILED, RUNNING, MISSING, STALE = "done", "failed", "running or stopped", "missing", "stale"
+DONE, FAILED, RUNNING, MISSING = "done", "failed", "running or stopped", "missing"
+SUPERSEDED = "superseded"
+"""Made for a sweep that no longer asks for it."""
 ORDER = (
     "sweep",
     "method",
@@ -129,7 +131,7 @@ def of_sweep(name: str, jobs: Sequence[Job], found: Results) -> Results:
     parts = [part for part in (wanted, planned.assign(state=MISSING) if lacking else None) if part is not None]
     if "sweep" in runs:
         old = runs[(runs["sweep"] == name) & ~runs["run_id"].isin(asked)]
-        parts.append(old.assign(state=STALE))
+        parts.append(old.assign(state=SUPERSEDED))
     together = pd.concat([part.astype(object) for part in parts if len(part)], ignore_index=True).infer_objects()
     position = {run_id: at for at, run_id in enumerate(asked)}
     order = together["run_id"].map(lambda run_id: position.get(run_id, len(asked))).argsort(kind="stable")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dptune.report.results import DONE, STALE
+from dptune.report.results import DONE, SUPERSEDED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,8 +94,8 @@ def settings_of(runs: pd.DataFrame) -> list[Setting]:
     coded = codes(runs, names)
     varied = [name for name in names if len(set(coded[name])) > 1]
     columns = {str(name): plain(runs[name]) for name in runs.columns}
-    # A stale run is never averaged with what the sweep asks for today.
-    apart = codes(runs[["method", "state"]].assign(state=runs["state"] == STALE), ["state", "method"])
+    # A superseded run is never averaged with what the sweep asks for today.
+    apart = codes(runs[["method", "state"]].assign(state=runs["state"] == SUPERSEDED), ["state", "method"])
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, key in enumerate(zip(*(apart | {name: coded[name] for name in varied}).values(), strict=True)):
         groups.setdefault(key, []).append(row)
@@ -254,7 +254,7 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
             and not (name == TARGET and columns[name][part[0]] is None)
         ]
         label = ", ".join(words) or "reference"
-        labels.append(label + (" (stale)" if columns["state"][part[0]] == STALE else ""))
+        labels.append(label + (" (superseded)" if columns["state"][part[0]] == SUPERSEDED else ""))
     return _told_apart(labels, parts, columns)
 
 

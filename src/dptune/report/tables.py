@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dptune.privacy.accounting import rounded_up
+from dptune.records import code_version
 from dptune.report.intervals import Array, Estimate, Judgements, mean_over_runs, share_of_one_run
 from dptune.report.procedure import Procedure, procedures
-from dptune.report.results import DONE, STALE, Results
+from dptune.report.results import DONE, SUPERSEDED, Results
 from dptune.report.settings import SEED, Setting, comparable, mixed, references, why_apart
 
 if TYPE_CHECKING:
@@ -195,9 +196,9 @@ def main_table(name: str, results: Results, title: str | None = None) -> Table:
         difference = difference_cell(results, setting, reference, position.get(id(reference), 0))
         rows.append({"row": Cell(str(at), at), **setting_row(results, setting, difference)})
     states = Counter(results.runs["state"])
-    counted = len(results.runs) - states[STALE]
+    counted = len(results.runs) - states[SUPERSEDED]
     title = f"{title or name}: {states[DONE]} of {counted} runs done"
-    title += f", {states[STALE]} stale" if states[STALE] else ""
+    title += f", {states[SUPERSEDED]} superseded" if states[SUPERSEDED] else ""
     found = procedures(results.runs)
     lines = notes(results, settings, found, compared=any(reference is not None for reference in compared_with))
     return Table(name, title, columns, tuple(rows), tuple(lines), tuple(found))
@@ -512,12 +513,16 @@ def flag_notes(settings: Sequence[Setting]) -> list[str]:
 
 
 def code_notes(results: Results) -> list[str]:
-    """Whether all runs were made by the same code."""
-    done = results.done
-    if "provenance.git" not in done:
+    """Whether all runs were made by this code: as `dptune status` says, run by run."""
+    done, this = results.done, code_version()
+    if "provenance.code" not in done:
         return []
-    commits = sorted({str(commit)[:7] for commit in done["provenance.git"].dropna()})
-    return [f"Made by {len(commits)} versions of the code ({', '.join(commits)})."] if len(commits) > 1 else []
+    made = done["provenance.code"]
+    others = sorted({str(code) for code in made.dropna()} - {this})
+    if not (stale := int((made != this).sum())):
+        return []
+    named = f" ({', '.join(others)})" if others else ""
+    return [f"Stale: {stale} of {len(done)} runs were made by other code{named} than this ({this})."]
 
 
 def _known(results: Results, measure: Measure) -> bool:
