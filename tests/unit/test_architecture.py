@@ -33,6 +33,7 @@ ALLOWED = {
     },
     "search": {"config", "records", "privacy", "sweep", "guarantee", "preparation", "run"},
     "sync": {"config", "records", "lease", "tracking", "report"},
+    "pretraining": {"config", "data", "models", "evaluation"},
     "cli": {"config", "records", "sweep", "status", "run", "report", "sync"},
 }
 LIGHT = ["config", "records", "lease", "sweep", "status", "guarantee", "report", "sync"]
@@ -104,7 +105,7 @@ def test_only_the_privacy_package_draws_noise_or_batches() -> None:
         # Generates the embedded public stand-in records.
         Path("data/supportdesk.py"),
         # Pretrains the embedded backbone on the public split.
-        Path("models/tiny.py"),
+        Path("pretraining.py"),
         # Initial weights of adapters, under a public seed.
         Path("models/own_adapters.py"),
         Path("models/peft_adapters.py"),
