@@ -22,6 +22,8 @@ ALLOWED = {
     "text_metrics": set(),
     "evaluation": {"config", "records", "data", "text_metrics"},
     "sweep": {"config"},
+    "progress": {"records"},
+    "watch": {"records", "lease", "sweep", "guarantee", "progress", "status"},
     "status": {"records", "lease", "sweep"},
     "report": {"config", "records", "sweep", "privacy"},
     "guarantee": {"config", "records", "data", "privacy"},
@@ -29,14 +31,15 @@ ALLOWED = {
     "provenance": {"config", "records", "preparation"},
     "run": {
         *("config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"),
-        *("guarantee", "preparation", "provenance", "text_metrics"),
+        *("guarantee", "preparation", "provenance", "text_metrics", "progress"),
     },
-    "search": {"config", "records", "privacy", "sweep", "guarantee", "preparation", "run"},
+    "search": {"config", "records", "privacy", "sweep", "guarantee", "preparation", "run", "progress"},
     "sync": {"config", "records", "lease", "tracking", "report"},
+    "slurm": set(),
     "pretraining": {"config", "data", "models", "evaluation"},
-    "cli": {"config", "records", "sweep", "status", "run", "report", "sync"},
+    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "progress", "watch"},
 }
-LIGHT = ["config", "records", "lease", "sweep", "status", "guarantee", "report", "sync"]
+LIGHT = ["config", "records", "lease", "sweep", "status", "guarantee", "report", "sync", "progress", "watch", "slurm"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 
