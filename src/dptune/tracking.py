@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dptune.config import TrackingConfig
+from dptune.config import ConfigError, TrackingConfig
 from dptune.records import ADAPTER_FOLDER, RECORD_FILE, Metrics, RunRecord
 
 
@@ -65,15 +68,8 @@ class WandbTracker:
         self.last = 0
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Log one line of the history; telemetry that is not paid for stays here unless allowed."""
-        self._log(
-            {
-                key: value
-                for key, value in row.items()
-                if self.config.allow_private or not key.startswith("NON_PRIVATE/")
-            },
-            int(row["step"]),
-        )
+        """Log one line of the history."""
+        self._log(visible(row, self.config), int(row["step"]))
 
     def finish(self, record: RunRecord) -> None:
         """Write tables, summary and adapter, and close the run."""
@@ -90,6 +86,59 @@ class WandbTracker:
         if step >= self.first:
             self.run.log(dict(values), step=step)
             self.last = step
+
+
+class TrackioTracker:
+    """Trackio: config, history and summary in a database beside the runs, which `trackio show` draws.
+
+    Args:
+        config: which project, and what may be shown.
+        record: the run; its privacy and results may still be missing.
+        folder: its folder.
+    """
+
+    def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path) -> None:
+        # Trackio reads it when it is imported; its own place is in the home directory.
+        os.environ.setdefault("TRACKIO_DIR", str((folder.parent / TRACKIO_FOLDER).absolute()))
+        import trackio
+
+        self.config, self.last = config, 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.suppress(ValueError):  # The project does not exist yet.
+                for earlier in trackio.Api().runs(config.project):
+                    if earlier.name == record.run_id:
+                        earlier.delete()  # A run that goes on is shown from its first step again.
+            self.run = trackio.init(
+                config.project,
+                name=record.run_id,
+                group=record.sweep,
+                config=record.config | {"provenance": record.provenance, "tags": tags(record)},
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Log one line of the history."""
+        self.last = int(row["step"])
+        self.run.log(visible(row, self.config), step=self.last)
+
+    def finish(self, record: RunRecord) -> None:
+        """Log the summary as of the last step, and close the run."""
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run.log(summary(record, self.config.allow_private), step=self.last)
+            trackio.finish()
+
+
+TRACKIO_FOLDER = "trackio"
+"""Name of the folder of Trackio's databases, in the output folder."""
+
+
+def visible(row: Mapping[str, Any], config: TrackingConfig) -> dict[str, Any]:
+    """What a mirror may have of a line of the history: telemetry that is not paid for stays here unless allowed."""
+    return {key: value for key, value in row.items() if config.allow_private or not key.startswith("NON_PRIVATE/")}
 
 
 def open_run(tracking: TrackingConfig, folder: Path, *, id: str, anew: bool = False, **fields: Any) -> Any:
@@ -242,7 +291,15 @@ def start(config: TrackingConfig, record: RunRecord, folder: Path) -> Tracker:
     """The mirror that the config asks for."""
     if config.name == "none":
         return NoTracker()
-    return Guarded(config.name, lambda: WandbTracker(config, record, folder))
+    mirror = TrackioTracker if config.name == "trackio" else WandbTracker
+    return Guarded(config.name, lambda: mirror(config, record, folder))
+
+
+def check(config: TrackingConfig) -> None:
+    """Raises ConfigError when the package that a mirror needs is not installed."""
+    package = config.name.partition("_")[0]
+    if package != "none" and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"tracking={config.name} needs the extra `{package}`: pip install 'dptune[{package}]'")
 
 
 def has_account() -> bool:
