@@ -22,6 +22,8 @@ LINE, TAIL_BELOW, INTERVAL_BELOW = range(3)
 """How a number is set: in one line, with what follows it below, or with its interval below."""
 WORDS = (16, 12, 8)
 """How wide words make a column of numbers in each of these; longer ones are wrapped."""
+HEADS = (2, 2, 3)
+"""Into how many lines a head may be wrapped in each of these."""
 GAP, LEAST, MOST = "  ", 6, 40
 """Between columns; what the settings have at least; and what they ask for at most, however long their words are."""
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -56,9 +58,10 @@ def narrow(table: Table, width: int = WIDEST) -> str:
     lines.append("─" * (sum(block.width for block in blocks) + len(GAP) * (len(blocks) - 1)))
     for at in range(len(table.rows)):
         lines += _beside(blocks, [block.cells[at] for block in blocks])
-    lines.append("")
     shown = {block.key for block in blocks}
-    for note in _notes(table, counted, marks, [column for column in filled if column.key not in shown]):
+    found = _notes(table, counted, marks, [column for column in filled if column.key not in shown])
+    lines += [""] if found else []
+    for note in found:
         first, *others = wrapped(plain(note), width - len(GAP))
         lines += [first, *(GAP + line for line in others)]
     return "\n".join(line.replace(_FIXED, " ").rstrip() for line in lines)
@@ -202,6 +205,9 @@ def _set(key: str, head: str, cells: Sequence[Parts], fold: int) -> _Block:
     wide += [word for cell in cells for word in cell.words.split(" ")]
     longest = max((width_of(cell.words) for cell in cells), default=0)
     width = max([min(longest, WORDS[fold]), *map(width_of, wide)])
+    width = next(
+        width for width in range(width, width + width_of(head) + 1) if len(wrapped(head, width)) <= HEADS[fold]
+    )
     lines = [
         [*number, *(wrapped(cell.words, width) if cell.words else ())]
         for number, cell in zip(numbers, cells, strict=True)
