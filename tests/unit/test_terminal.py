@@ -32,9 +32,9 @@ def sample() -> Table:
 
 def grid(text: str) -> tuple[list[str], list[list[list[str]]]]:
     """The heads of a table, and the lines of each cell of each row: columns are parted by two blanks in every line."""
-    lines = text.splitlines()
+    lines = [*text.splitlines(), ""]
     rule = next(at for at, line in enumerate(lines) if set(line) == {"─"})
-    head, body = lines[2:rule], lines[rule + 1 : [*lines, ""].index("", rule)]
+    head, body = lines[2:rule], lines[rule + 1 : lines.index("", rule)]
     width = len(lines[rule])
     filled = [any(line[at : at + 1].strip() for line in [*head, *body]) for at in range(width)]
     starts = [at for at in range(width) if filled[at] and not any(filled[max(at - 2, 0) : at])]

@@ -206,7 +206,7 @@ def _set(key: str, head: str, cells: Sequence[Parts], fold: int) -> _Block:
     longest = max((width_of(cell.words) for cell in cells), default=0)
     width = max([min(longest, WORDS[fold]), *map(width_of, wide)])
     width = next(
-        width for width in range(width, width + width_of(head) + 1) if len(wrapped(head, width)) <= HEADS[fold]
+        wider for wider in range(width, width + width_of(head) + 1) if len(wrapped(head, wider)) <= HEADS[fold]
     )
     lines = [
         [*number, *(wrapped(cell.words, width) if cell.words else ())]
