@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dptune.config import Config, ConfigError, strict, unknown_key
+from dptune.extras import needs
 from dptune.records import RecordError, RunFailed, without_collector
 from dptune.sweep import ROOT, names
 
@@ -117,6 +118,8 @@ def in_one_line(error: Exception) -> str:
     ):
         group, _, choice = match[1].rpartition("/")
         choices = match[2].split()
+        if choice == "submitit_slurm":
+            return needs("slurm", "hydra/launcher=slurm")
         if match[1].startswith("sweeps/"):
             group, choice, choices = "sweeps", match[1].removeprefix("sweeps/"), names()
         return f"{group}={choice} does not exist; {group} can be: {', '.join(choices)}"
