@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from dptune.config import Config, ConfigError
@@ -34,8 +35,14 @@ def require(extra: str, what: str) -> None:
     Raises:
         ConfigError: saying how to get it.
     """
-    if any(importlib.util.find_spec(name) is None for name in MODULES[extra]):
+    if not all(_can_be_imported(name) for name in MODULES[extra]):
         raise ConfigError(needs(extra, what))
+
+
+def _can_be_imported(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
 
 
 def needs(extra: str, what: str) -> str:
