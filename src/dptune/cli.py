@@ -118,11 +118,11 @@ def in_one_line(error: Exception) -> str:
     ):
         group, _, choice = match[1].rpartition("/")
         choices = match[2].split()
-        if choice == "submitit_slurm":
-            return needs("slurm", "hydra/launcher=slurm")
         if match[1].startswith("sweeps/"):
             group, choice, choices = "sweeps", match[1].removeprefix("sweeps/"), names()
         return f"{group}={choice} does not exist; {group} can be: {', '.join(choices)}"
+    if "Could not load 'hydra/launcher/submitit_slurm'" in text:
+        return needs("slurm", "hydra/launcher=slurm")
     if text.startswith("Error merging override") and error.__cause__ is not None:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).partition(chr(10))[0]}"
     return " ".join(text.split())

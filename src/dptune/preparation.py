@@ -94,7 +94,7 @@ def check_texts(data: Dataset) -> None:
     """Raises ConfigError when answers are texts that BLEU and ROUGE-L would compare, and the packages are missing."""
     for example in data.test:
         if not example.options and len(example.output.split()) >= SHORTEST:
-            require("text", f"task {example.task}, whose answers are sentences,")
+            require("text", f"task {example.task} (BLEU and ROUGE-L of its answers)")
 
 
 def check_free_form(backbone: Backbone, data: Dataset) -> None:

@@ -98,7 +98,9 @@ def test_if_the_rest_of_the_lock_does_not_fit_any_more_ranges_alone_count(
     gone = install(installation.python_of(venv), ["app"], lock)
     assert gone == {"lib": "1.0"} and installed(venv)["base"] == "2.0"
     said = installation.not_as_locked(gone, differences(lock, versions_in(venv)))
-    assert said.startswith("not as locked, since the index has no lib 1.0, without which the lock does not hold together:")
+    assert said.startswith(
+        "not as locked, since the index has no lib 1.0, without which the lock does not hold together:"
+    )
 
 
 def test_a_conflict_that_is_no_missing_release_stays_an_error(alone_with_its_index: Path, venv: Path) -> None:
@@ -112,7 +114,9 @@ def test_a_conflict_that_is_no_missing_release_stays_an_error(alone_with_its_ind
 
 def test_what_the_index_does_not_have_at_all_is_named(alone_with_its_index: Path, venv: Path) -> None:
     wheel(alone_with_its_index, "app", "1.0", "torch<2.14,>=2.13")
-    with pytest.raises(Unresolved, match=r"^the index has no torch<2.14,>=2.13.* for Python 3\.\d+ on .*: give an index"):
+    with pytest.raises(
+        Unresolved, match=r"^the index has no torch<2.14,>=2.13.* for Python 3\.\d+ on .*: give an index"
+    ):
         install(installation.python_of(venv), ["app"], {})
 
 
@@ -165,9 +169,7 @@ def test_extras_are_added_to_those_that_are_there(pips: list[tuple[str, ...]], t
 
 
 @pytest.mark.parametrize("how", ["moved", "interpreter gone", "cut off"])
-def test_an_environment_that_is_not_whole_is_made_again(
-    how: str, pips: list[tuple[str, ...]], tmp_path: Path
-) -> None:
+def test_an_environment_that_is_not_whole_is_made_again(how: str, pips: list[tuple[str, ...]], tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     set_up(venv, ["text"])
     if how == "moved":
@@ -251,7 +253,10 @@ def project() -> dict[str, dict[str, object]]:
 
 def direct() -> list[str]:
     content = project()
-    listed = [*content["dependencies"], *(item for extra in content["optional-dependencies"].values() for item in extra)]
+    listed = [
+        *content["dependencies"],
+        *(item for extra in content["optional-dependencies"].values() for item in extra),
+    ]
     return [item for item in listed if not item.startswith("dptune[")]
 
 
