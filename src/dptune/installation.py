@@ -154,6 +154,9 @@ def alone(root: Path) -> Iterator[None]:
         os.close(handle)
 
 
+LEAST_FREE = 50_000_000
+"""Bytes that an environment with nothing but pip may need."""
+
 # The environment.
 
 
@@ -234,14 +237,18 @@ def make(venv: Path) -> None:
         [sys.executable, "-m", "venv", str(venv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
+        # What ensurepip says is not shown by venv.
+        full = is_disk_full(done.stdout) or shutil.disk_usage(venv).free < LEAST_FREE
         remove(venv)
+        if full:
+            raise SetupError(DISK_FULL)
         if "ensurepip" in done.stdout or "No module named venv" in done.stdout:
             version = "{}.{}".format(*sys.version_info[:2])
             raise SetupError(
                 f"this Python ({sys.executable}) has no venv with pip: on Debian and Ubuntu `apt-get install "
                 f"python{version}-venv` as root, or give another Python: make PYTHON=python3.12 ..."
             )
-        raise SetupError(DISK_FULL if is_disk_full(done.stdout) else f"no environment: {_last_line(done.stdout)}")
+        raise SetupError(f"no environment: {_last_line(done.stdout)}")
 
 
 # pip.
