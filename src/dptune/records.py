@@ -395,7 +395,14 @@ def _inside(value: Any) -> Mapping[str, Any]:
 
 
 _NESTED = {dict, Metrics, Privacy, Parameters, Cost}
-_WHOLE = ("privacy.groups", "privacy.plan", "privacy.accountants", "provenance.versions", "config.data.columns")
+_WHOLE = (
+    "privacy.groups",
+    "privacy.plan",
+    "privacy.accountants",
+    "provenance.versions",
+    "provenance.lock",
+    "config.data.columns",
+)
 
 
 @functools.cache
@@ -410,7 +417,10 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-NOT_NUMBERS = ("report", "cli.py", "sweep.py", "search.py", "status.py", "tracking.py", "lease.py", "sync.py")
+NOT_NUMBERS = (
+    *("report", "cli.py", "sweep.py", "search.py", "status.py", "tracking.py", "lease.py", "sync.py"),
+    *("installation.py", "extras.py"),
+)
 """Parts of the package that only look at runs, or decide when they are done."""
 
 

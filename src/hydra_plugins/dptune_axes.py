@@ -54,6 +54,7 @@ class AxesSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run what is missing; a run that fails does not stop the others."""
+        from dptune.extras import check_extras
         from dptune.records import RunFailed
 
         refuse_torchrun()
@@ -62,6 +63,8 @@ class AxesSweeper(Sweeper):
         print(f"{len(jobs)} runs: {len(jobs) - len(missing)} finished before, {len(missing)} to do", flush=True)
         if not missing:
             return []
+        for job in missing:
+            check_extras(job.config)
         results = self.launched(missing, _is_done)
         failed = [result._return_value for result in results if result.status == JobStatus.FAILED]
         if failed:

@@ -13,30 +13,32 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "config": set(),
     "records": {"config"},
+    "installation": set(),
+    "extras": {"config"},
     "lease": set(),
     "privacy": set(),
-    "data": {"config"},
-    "models": {"config", "records", "data"},
+    "data": {"config", "extras"},
+    "models": {"config", "records", "data", "extras"},
     "tracking": {"config", "records"},
     "training": {"config", "records", "data", "models", "privacy"},
     "text_metrics": set(),
     "evaluation": {"config", "records", "data", "text_metrics"},
     "sweep": {"config"},
     "status": {"records", "lease", "sweep"},
-    "report": {"config", "records", "sweep", "privacy"},
+    "report": {"config", "records", "sweep", "privacy", "extras"},
     "guarantee": {"config", "records", "data", "privacy"},
-    "preparation": {"config", "records", "data", "models", "privacy", "guarantee"},
-    "provenance": {"config", "records", "preparation"},
+    "preparation": {"config", "records", "data", "models", "privacy", "guarantee", "extras", "text_metrics"},
+    "provenance": {"config", "records", "preparation", "installation"},
     "run": {
         *("config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"),
         *("guarantee", "preparation", "provenance", "text_metrics"),
     },
-    "search": {"config", "records", "privacy", "sweep", "guarantee", "preparation", "run"},
-    "sync": {"config", "records", "lease", "tracking", "report"},
+    "search": {"config", "records", "extras", "privacy", "sweep", "guarantee", "preparation", "run"},
+    "sync": {"config", "records", "lease", "tracking", "report", "extras"},
     "pretraining": {"config", "data", "models", "evaluation"},
-    "cli": {"config", "records", "sweep", "status", "run", "report", "sync"},
+    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "extras"},
 }
-LIGHT = ["config", "records", "lease", "sweep", "status", "guarantee", "report", "sync"]
+LIGHT = ["config", "extras", "installation", "records", "lease", "sweep", "status", "guarantee", "report", "sync"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 
