@@ -91,8 +91,8 @@ test-all: $(call layer,test) $(SMOLLM2) ## Run the slow tests, too: twenty kills
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow" $(ARGS)
 
 test-isa: $(call layer,test) ## Run the numerical tests under the instruction sets of other processors
-	@for set in ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2; do \
-	 echo "$$set"; env "$$set" $(BIN)/python -m pytest -q -n $(JOBS) -m numerical $(ARGS) || exit; done
+	@for sets in "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" ATEN_CPU_CAPABILITY=default; do \
+	 echo "$$sets"; env $$sets $(BIN)/python -m pytest -q -n $(JOBS) -m numerical $(ARGS) || exit; done
 
 check: $(call layer,check) ## Formatting, linting and types
 	$(BIN)/ruff format --check .

@@ -256,7 +256,8 @@ def make(venv: Path) -> None:
 
 def pip(python: str, *arguments: str) -> tuple[int, str]:
     """Exit status and output of pip in an environment."""
-    command = [python, "-m", "pip", *arguments]
+    # Isolated: what PYTHONPATH or the user's site-packages have would count as installed.
+    command = [python, "-Im", "pip", *arguments]
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,

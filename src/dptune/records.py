@@ -419,7 +419,7 @@ def code_version() -> str:
 
 NOT_NUMBERS = (
     *("report", "cli.py", "sweep.py", "search.py", "status.py", "tracking.py", "lease.py", "sync.py"),
-    *("installation.py", "extras.py"),
+    *("progress.py", "watch.py", "slurm.py", "installation.py", "extras.py"),
 )
 """Parts of the package that only look at runs, or decide when they are done."""
 

@@ -24,6 +24,8 @@ ALLOWED = {
     "text_metrics": set(),
     "evaluation": {"config", "records", "data", "text_metrics"},
     "sweep": {"config"},
+    "progress": {"records"},
+    "watch": {"records", "lease", "sweep", "guarantee", "progress", "status"},
     "status": {"records", "lease", "sweep"},
     "report": {"config", "records", "sweep", "privacy", "extras"},
     "guarantee": {"config", "records", "data", "privacy"},
@@ -31,14 +33,18 @@ ALLOWED = {
     "provenance": {"config", "records", "preparation", "installation"},
     "run": {
         *("config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"),
-        *("guarantee", "preparation", "provenance", "text_metrics"),
+        *("guarantee", "preparation", "provenance", "text_metrics", "progress"),
     },
-    "search": {"config", "records", "extras", "privacy", "sweep", "guarantee", "preparation", "run"},
+    "search": {"config", "records", "extras", "privacy", "sweep", "guarantee", "preparation", "run", "progress"},
     "sync": {"config", "records", "lease", "tracking", "report", "extras"},
+    "slurm": set(),
     "pretraining": {"config", "data", "models", "evaluation"},
-    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "extras"},
+    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "extras", "progress", "watch"},
 }
-LIGHT = ["config", "extras", "installation", "records", "lease", "sweep", "status", "guarantee", "report", "sync"]
+LIGHT = [
+    *("config", "extras", "installation", "records", "lease", "sweep", "status", "guarantee", "report", "sync"),
+    *("progress", "watch", "slurm"),
+]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 
