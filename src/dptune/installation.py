@@ -336,8 +336,8 @@ def failure(output: str) -> SetupError:
         version = "{}.{}".format(*sys.version_info[:2])
         return Unresolved(
             f"the index has no {absent[1].strip()} for Python {version} on {sysconfig.get_platform()}: give an index "
-            "that has it in PIP_EXTRA_INDEX_URL, or another Python (make PYTHON=python3.12 ...); if it has no release of "
-            "it at all, check the network and the proxy, too"
+            "that has it in PIP_EXTRA_INDEX_URL, or another Python (make PYTHON=python3.12 ...); if it has no release "
+            "of it at all, check the network and the proxy, too"
         )
     kind = Unresolved if "ResolutionImpossible" in output else SetupError
     return kind("pip cannot install it:\n" + (_complaint(output) or output[-2000:]).strip())
