@@ -11,6 +11,8 @@ from report.planted import compare, config, plant
 
 from dptune.cli import main
 
+pytest.importorskip("vl_convert", reason="make setup EXTRAS=report, or make test")
+
 CHROMIUM = next(
     (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), ""
 )

@@ -1,6 +1,7 @@
 """A GGUF file is the model that was written into it, is converted once, and a damaged one is one clear error."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,6 @@ def test_a_damaged_file_is_one_clear_error(kept: int, file: Path, tmp_path: Path
 
 
 def test_without_the_package_the_extra_is_named(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"pip install 'dptune\[gguf\]'"):
         opened(file, tmp_path)

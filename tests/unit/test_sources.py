@@ -466,7 +466,7 @@ def test_a_missing_package_is_named_with_its_extra(
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, package, None)
     extra = [f"data.path={tmp_path / 'x.parquet'}"] if name == "files" else []
-    with pytest.raises(DataError, match=r"needs the extra `hub`: pip install 'dptune\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"needs the extra `hub`: pip install 'dptune\[hub\]'"):
         sources.load(preset(name, *extra))
 
 
