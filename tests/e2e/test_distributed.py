@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from numerics import assert_close_to_largest
 from test_resume import command, composed, config, folder_of, lines, rows, wait_for, weights
 
 from dptune import records, run
@@ -43,9 +43,8 @@ def two_processes(config: Config, root: Path, *more: str) -> Path:
 
 
 def assert_equal_up_to_rounding(one: Path, two: Path) -> None:
-    first, second = weights(one), weights(two)
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+    # Released sums lie on a grid of a thousandth of the noise, of which another order of sums may take the next point.
+    assert_close_to_largest(weights(two), weights(one), rtol=2e-3)
     before, after = records.read(one), records.read(two)
     assert before is not None and after is not None and before.status == after.status == "done"
     assert before.privacy is not None and after.privacy is not None
