@@ -14,6 +14,8 @@ from dptune import records, run
 from dptune.config import Config, run_id
 from dptune.lease import holder
 
+pytestmark = pytest.mark.numerical
+
 __all__ = ["config"]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]

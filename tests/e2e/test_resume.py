@@ -22,6 +22,8 @@ from dptune.lease import holder
 from dptune.sweep import ROOT, without_hydra
 from dptune.training import checkpoint
 
+pytestmark = pytest.mark.numerical
+
 STEPS = 6
 
 

@@ -27,6 +27,8 @@ from dptune.evaluation import judge, summarise
 from dptune.models import adapters, backbones
 from dptune.privacy.plan import PrivacyPlan
 
+pytestmark = pytest.mark.numerical
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file

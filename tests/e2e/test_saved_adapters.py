@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dptune import run
 from dptune.config import Config
 from dptune.data.sources import load
 from dptune.models import adapters
+
+pytestmark = pytest.mark.numerical
 
 OURS = {"houlsby", "pfeiffer", "parallel", "bitfit", "head", "full", "pst"}
 """Kinds that PEFT 0.21 does not have."""

@@ -29,6 +29,8 @@ from dptune.report.results import load as results
 from dptune.search import DRAW_FILE, SECRET_FOLDER, Search, trial_is_done
 from dptune.sweep import ROOT, Job, load
 
+pytestmark = pytest.mark.numerical
+
 
 def with_values(config: Config, **values: dict[str, Any]) -> Config:
     """A copy of a config with some fields of its groups changed."""

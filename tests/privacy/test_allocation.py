@@ -28,6 +28,8 @@ from dptune.privacy.allocation import (
     share_std,
 )
 
+pytestmark = pytest.mark.numerical
+
 VECTORS = {
     vector["id"]: vector
     for vector in json.loads((Path(__file__).parent / "vectors.json").read_text(encoding="utf-8"))["vectors"]

@@ -21,6 +21,8 @@ from dptune.privacy.clipping import (
     clip_and_sum,
 )
 
+pytestmark = pytest.mark.numerical
+
 VECTORS = {
     vector["id"]: vector
     for vector in json.loads((Path(__file__).parent / "vectors.json").read_text(encoding="utf-8"))["vectors"]

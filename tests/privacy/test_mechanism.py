@@ -18,6 +18,8 @@ from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import Allocation, Clipping, PrivacyPlan, QuantileTracking, Schedule
 from dptune.privacy.streams import KeyRing
 
+pytestmark = pytest.mark.numerical
+
 GROUPS = (
     Group("x", ("x.a", "x.b"), 8, ((2, 3), (2,))),
     Group("y", ("y",), 50, ((5, 10),)),

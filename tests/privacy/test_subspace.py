@@ -29,6 +29,8 @@ from dptune.privacy.subspace import (
     shrink_singular_values,
 )
 
+pytestmark = pytest.mark.numerical
+
 VECTORS = {
     vector["id"]: vector
     for vector in json.loads((Path(__file__).parent / "vectors.json").read_text(encoding="utf-8"))["vectors"]

@@ -22,6 +22,8 @@ from dptune.privacy.filters import RenyiFilter
 from dptune.privacy.renyi import epsilon_rdp, renyi_divergence
 from dptune.privacy.schedules import Schedule, lambert_noise_multipliers
 
+pytestmark = pytest.mark.numerical
+
 Vector = dict[str, Any]
 
 VECTORS: list[Vector] = json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]

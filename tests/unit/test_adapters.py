@@ -23,6 +23,8 @@ from dptune.models.peft_adapters import quiet
 from dptune.models.pst import PrunedLinear, nonzeros, sparsity_after
 from dptune.privacy.engines import ENGINES
 
+pytestmark = pytest.mark.numerical
+
 RANK = 2
 
 CELLS = [

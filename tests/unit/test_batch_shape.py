@@ -18,6 +18,8 @@ from dptune.privacy.batch_shape import FixedShapeEngine, fixed_shape_engine
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, LoopEngine, moved
 
+pytestmark = pytest.mark.numerical
+
 LENGTH, SIZE = 16, 6
 
 

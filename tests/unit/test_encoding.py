@@ -19,6 +19,8 @@ from dptune.data.batches import (
 from dptune.data.encoding import Encoded, encode
 from dptune.data.templates import plain as prompt
 
+pytestmark = pytest.mark.numerical
+
 LAYOUT = Layout(pad=0)
 
 PAIRS = [

@@ -12,6 +12,8 @@ from dptune.data.templates import plain as prompt
 from dptune.evaluation import Judgement, greedy, judge, judged, normalised, summarise
 from dptune.text_metrics import Written
 
+pytestmark = pytest.mark.numerical
+
 LAYOUT = Layout(pad=0)
 EXAMPLES = [
     Example(

@@ -12,6 +12,8 @@ from dptune.config import Config, ConfigError, ModelConfig, run_id
 from dptune.models import gguf as module
 from dptune.models.backbones import Backbone, load
 
+pytestmark = pytest.mark.numerical
+
 gguf = pytest.importorskip("gguf", reason="writing a GGUF file needs the extra `gguf`")
 
 

@@ -11,6 +11,8 @@ from dptune.models import adapters
 from dptune.privacy.engines import ENGINES, HookEngine, OpacusEngine, checked_engine
 from dptune.privacy.gradients import EngineError, LoopEngine
 
+pytestmark = pytest.mark.numerical
+
 LAYOUT = Layout(pad=0)
 
 PAIRS = [

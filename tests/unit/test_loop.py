@@ -21,6 +21,8 @@ from dptune.training.loop import train
 from dptune.training.optimizers import IterateAverage, learning_rate_factor, make_optimizer, update
 from dptune.training.projection import FullSpace, HistorySubspace
 
+pytestmark = pytest.mark.numerical
+
 HYPER = HyperparameterConfig(
     learning_rate=0.05,
     steps=4,

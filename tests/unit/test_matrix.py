@@ -17,6 +17,8 @@ from dptune.models.backbones import architecture_of
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import EngineError
 
+pytestmark = pytest.mark.numerical
+
 ROWS = [
     Encoded((40, 51, 62, 73, 84, 95, 26, 1), 3),
     Encoded((141, 52, 163, 1), 2),

@@ -27,6 +27,8 @@ from dptune.training.projection import (
     make_projection,
 )
 
+pytestmark = pytest.mark.numerical
+
 CONF = Path(__file__).parents[2] / "conf" / "privacy"
 KEYS = KeyRing.reproducible(0, "public")
 SHAPES = {"w": (10, 6), "b": (10,), "v": (6, 8)}

@@ -22,6 +22,8 @@ from dptune.models.state import AdapterState
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import LoopEngine
 
+pytestmark = pytest.mark.numerical
+
 ROWS = [Encoded((40, 51, 62, 73, 84, 95, 26, 1), 3), Encoded((141, 52, 163, 1), 2), Encoded((242, 53, 64, 75, 1), 2)]
 LEVELS = np.array(NF4_LEVELS)
 

@@ -15,6 +15,8 @@ from dptune.preparation import made_up_rows
 from dptune.privacy.engines import ENGINES, checked_engine
 from dptune.privacy.gradients import EngineError, trained
 
+pytestmark = pytest.mark.numerical
+
 LAYOUT = Layout(pad=0)
 PAIRS = [(prompt("which team ?", "reset my code"), "support"), ("x", "no"), (prompt("is it late ?", "kim 12"), "yes")]
 CONFIGS = {
