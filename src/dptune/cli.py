@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +20,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dptune.config import Config, ConfigError, strict, unknown_key
-from dptune.records import RecordError, RunFailed, without_collector
+from dptune.progress import Display, NotDone, StepBar, tried
+from dptune.records import RecordError, RunFailed, RunRecord, without_collector
 from dptune.sweep import ROOT, names
 
 VIEWS = ("table", "tables", "figures", "claims", "report")
@@ -66,45 +68,91 @@ def errors_for_people() -> Iterator[None]:
         fail(f"{in_one_line(error)}; finished runs are kept", RUN_FAILED)
 
 
-def job(tree: DictConfig) -> None:
-    """What Hydra calls for each run. In a sweep, errors go to the sweeper, so that the other runs go on."""
+def job(tree: DictConfig) -> NotDone | None:
+    """What Hydra calls for each run. In a sweep nothing is printed here: the sweeper sees the record."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        try:
-            one_run(strict(tree), report=lambda line: None)
-        except BlockingIOError as error:
-            print(f"left out: {error}", flush=True)
-    else:
-        with errors_for_people():
-            config = strict(tree)
-            if config.sweep is not None:
-                raise ConfigError(f"sweeps={config.sweep} is a sweep: add -m (dptune -m sweeps={config.sweep} ...)")
-            one_run(config, report=lambda line: print(line, file=sys.stderr, flush=True))
+        return tried(lambda: in_sweep(strict(tree)))
+    with errors_for_people():
+        config = strict(tree)
+        if config.sweep is not None:
+            raise ConfigError(f"sweeps={config.sweep} is a sweep: add -m (dptune -m sweeps={config.sweep} ...)")
+        one_run(config)
+    return None
 
 
-def one_run(config: Config, report: Callable[[str], None]) -> None:
+def in_sweep(config: Config) -> None:
+    """Do a run of a sweep. Raises RunFailed for one that failed."""
+    from dptune.run import run
+
+    record = run(config, overrides=list(HydraConfig.get().overrides.task))
+    if record.status == "failed":
+        raise RunFailed(why_failed(record, config))
+
+
+def why_failed(record: RunRecord, config: Config) -> str:
+    """Why a run failed, and where to read more."""
+    return f"{record.error}; its log is {config.compute.output_root}/{record.run_id}/run.log"
+
+
+def one_run(config: Config) -> None:
     """Do a run and print its summary. Raises RunFailed after the record of a failed run is written."""
     from dptune.run import run, summary
 
-    record = run(config, overrides=list(HydraConfig.get().overrides.task), report=report)
+    with Display() as display:
+        record = run(
+            config,
+            overrides=list(HydraConfig.get().overrides.task),
+            report=partial(display.say, error=True),
+            steps=StepBar(display),
+        )
     if record.status == "failed":
-        log = f"{config.compute.output_root}/{record.run_id}/run.log"
-        raise RunFailed(f"run {record.run_id} failed: {record.error}; its log is {log}")
+        raise RunFailed(f"run {record.run_id} failed: {why_failed(record, config)}")
     if os.environ.get("RANK", "0") == "0":
         print(f"{record.run_id}  {summary(record)}", flush=True)
 
 
 def status(argv: Sequence[str]) -> None:
-    """`dptune status [SWEEP] [OVERRIDE ...]`: which runs are done, running, failed, missing, stale."""
+    """`dptune status [SWEEP] [--watch[=SECONDS]] [OVERRIDE ...]`: which runs are done, running, failed or missing."""
     from dptune import status
 
-    if argv and "=" not in argv[0]:
+    flags = [item for item in argv if item.startswith("-")]
+    names = [item for item in argv if "=" not in item and item not in flags]
+    arguments = [item for item in argv if "=" in item and item not in flags]
+    if len(names) > 1:
+        raise ConfigError(f"status {' '.join(names)}: give at most one sweep, and overrides as key=value")
+    every = watch_every(flags)
+    if names:
         from dptune.sweep import load
 
-        arguments = [item for item in argv if "=" in item]
-        print(status.of_sweep(argv[0], load(argv[0], arguments), arguments))
+        jobs = load(names[0], arguments)
+        print(status.of_sweep(names[0], jobs, arguments), flush=True)
+        if every is not None:
+            from dptune.watch import look_on
+
+            look_on(jobs, every)
+    elif every is not None:
+        raise ConfigError("status --watch needs the name of a sweep: dptune status SWEEP --watch")
     else:
-        roots = [item.partition("=")[2] for item in argv if item.startswith("compute.output_root=")]
+        roots = [item.partition("=")[2] for item in arguments if item.startswith("compute.output_root=")]
         print(status.of_folder(Path(roots[-1] if roots else "outputs")))
+
+
+def watch_every(flags: Sequence[str]) -> float | None:
+    """Seconds between two looks that `--watch` asks for; None without it. Raises ConfigError for any other flag."""
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        try:
+            every = float(value or WATCH_EVERY)
+        except ValueError:
+            every = 0.0
+        if name != "--watch" or not 0.1 <= every <= 3600:
+            raise ConfigError(f"status {flag}: the only flag is --watch[=SECONDS], of 0.1 to 3600 seconds")
+        return every
+    return None
+
+
+WATCH_EVERY = 2
+"""Seconds between two looks, where none are given."""
 
 
 def in_one_line(error: Exception) -> str:

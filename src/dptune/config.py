@@ -32,7 +32,10 @@ from omegaconf.errors import (
 )
 
 EMBEDDED = ("tiny", "nano")
-"""Backbones that need no file."""
+"""Backbones that are shipped with the package."""
+
+SHIPPED, CHECKSUMS = Path(__file__).parent / "models" / "shipped", "SHA256SUMS"
+"""Folder of the shipped backbones, and the file in each that has the hashes of the others."""
 
 SUPPORTDESK = "supportdesk"
 """Name of the embedded data, which needs no file."""
@@ -60,8 +63,7 @@ class ModelConfig:
     """The frozen backbone."""
 
     name: str = "tiny"
-    """`tiny` and `nano` are embedded, pretrained on public text at first use; any other name is a label for `path` or
-    `repo`."""
+    """`tiny` and `nano` are embedded; any other name is a label for `path` or `repo`."""
     path: str | None = None
     """A local folder in Hugging Face format, or a `.gguf` file; when given, it is the backbone. Remote code is never
     run."""
@@ -400,7 +402,7 @@ class ComputeConfig:
     evaluation_batch_size: int = _number(512, least=1)
     """Sequences in one forward pass of the evaluation."""
     cache_dir: str = ".cache"
-    """Folder of the embedded backbone and other things that are made once."""
+    """Folder of what is made once and shared by runs, such as a dequantised GGUF file."""
     output_root: str = "outputs"
     """Folder of the run folders."""
     checkpoint_every: int = _number(5, least=1)
@@ -491,6 +493,8 @@ def run_id(config: Config) -> str:
     if config.model.path is not None:
         # The path is what is loaded; where the Hub has the same is not part of it.
         identity["model"] |= {"path": content_hash(Path(config.model.path)), "repo": None, "revision": None}
+    elif config.model.repo is None and config.model.name in EMBEDDED:
+        identity["model"]["path"] = content_hash(SHIPPED / config.model.name / CHECKSUMS)
     if config.data.path is not None:
         contents = [content_hash(file) for file in data_files(config.data.path)]
         key = b"" if is_public(config.data) else local_key(Path(config.compute.output_root))

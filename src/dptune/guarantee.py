@@ -139,17 +139,23 @@ def side_by_side(plan: PrivacyPlan) -> dict[str, Reported]:
 
 
 @functools.lru_cache(maxsize=256)
-def epsilon_marks(plan: PrivacyPlan) -> dict[int, float]:
-    """Epsilon after about every tenth of the steps; all of it depends on the plan alone."""
-    if not plan.private:
-        return {}
+def epsilon_marks(plan: PrivacyPlan) -> dict[int, float | None]:
+    """Epsilon after about every tenth of the steps, None without privacy; all of it depends on the plan alone."""
     marks = np.unique(np.linspace(0, plan.steps, 11)[1:].round().astype(int))
-    return {int(step): plan.epsilon(int(step)) for step in marks}
+    return {int(step): plan.epsilon(int(step)) if plan.private else None for step in marks}
+
+
+def spent(privacy: Privacy) -> str:
+    """Epsilon that a run spent, rounded up, and its target."""
+    if privacy.epsilon is None:
+        return "non-private"
+    target = f"/{privacy.target_epsilon:g}" if privacy.target_epsilon else ""
+    return f"epsilon {rounded_up(privacy.epsilon):.3f}{target}"
 
 
 def describe(plan: PrivacyPlan) -> str:
     """The plan in one line."""
     start = f"{plan.steps} steps of {plan.expected_batch_size:g} of {plan.num_units} expected"
     if not plan.private:
-        return f"{start}, not private"
+        return f"{start}, non-private"
     return f"{start}, noise multiplier {plan.noise_multiplier:.4f}, delta {plan.delta:g}, {plan.noise_mode} noise"

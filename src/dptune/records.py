@@ -410,7 +410,19 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-NOT_NUMBERS = ("report", "cli.py", "sweep.py", "search.py", "status.py", "tracking.py", "lease.py", "sync.py")
+NOT_NUMBERS = (
+    "report",
+    "cli.py",
+    "sweep.py",
+    "search.py",
+    "status.py",
+    "tracking.py",
+    "lease.py",
+    "sync.py",
+    "progress.py",
+    "watch.py",
+    "slurm.py",
+)
 """Parts of the package that only look at runs, or decide when they are done."""
 
 

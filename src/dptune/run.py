@@ -23,7 +23,7 @@ from dptune import evaluation, tracking
 from dptune.config import Config, run_id
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import load as load_data
-from dptune.guarantee import describe, epsilon_marks, privacy_of, score_epsilon
+from dptune.guarantee import describe, epsilon_marks, privacy_of, score_epsilon, spent
 from dptune.lease import Claim, ClaimLost, claimed, holder
 from dptune.models import adapters
 from dptune.models.state import AdapterState
@@ -34,6 +34,7 @@ from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.selection import noisy_score
+from dptune.progress import in_time
 from dptune.provenance import peak_memory_mb, provenance
 from dptune.records import (
     ADAPTER_FOLDER,
@@ -61,15 +62,20 @@ SKIPPED_FILE = "NON_PRIVATE_skipped.txt"
 
 Report = Callable[[str], None]
 """Receives one line of progress."""
+Steps = Callable[[int, int], None]
+"""Receives, after each step, its number and that of all."""
 
 
-def run(config: Config, overrides: Sequence[str] = (), report: Report | None = None) -> RunRecord:
+def run(
+    config: Config, overrides: Sequence[str] = (), report: Report | None = None, steps: Steps | None = None
+) -> RunRecord:
     """Do one run, or give its record if it is finished already.
 
     Args:
         config: the checked config.
         overrides: what was said on the command line, for the record.
         report: receives progress, one line at a time.
+        steps: is told of each step, for a bar.
 
     Raises:
         ConfigError: when the data, the model or the privacy settings cannot be used; nothing is written then.
@@ -78,10 +84,12 @@ def run(config: Config, overrides: Sequence[str] = (), report: Report | None = N
     """
     torch.set_num_threads(config.compute.threads)
     with joined() as ranks:
-        return lead(config, overrides, ranks, report or (lambda line: None)) if ranks.first else follow(config, ranks)
+        if not ranks.first:
+            return follow(config, ranks)
+        return lead(config, overrides, ranks, report or (lambda line: None), steps or (lambda step, of: None))
 
 
-def lead(config: Config, overrides: Sequence[str], ranks: Ranks, say: Report) -> RunRecord:
+def lead(config: Config, overrides: Sequence[str], ranks: Ranks, say: Report, steps: Steps) -> RunRecord:
     """Do a run as the only process, or as the one of several that writes."""
     identity = run_id(config)
     folder = Path(config.compute.output_root) / identity
@@ -99,7 +107,7 @@ def lead(config: Config, overrides: Sequence[str], ranks: Ranks, say: Report) ->
             say(f"{identity} was finished by another process: {folder}")
             ranks.told(Agreement(go=False).to_bytes())
             return finished
-        return do(config, prepared, overrides, RunFolder(folder, claim, say), ranks)
+        return do(config, prepared, overrides, RunFolder(folder, claim, say, steps), ranks)
 
 
 def do(config: Config, prepared: Prepared, overrides: Sequence[str], folder: RunFolder, ranks: Ranks) -> RunRecord:
@@ -198,12 +206,17 @@ class RunFolder:
     path: Path
     claim: Claim
     say: Report
+    steps: Steps
 
     def log(self, line: str) -> None:
         """Write a line to the log and report it."""
+        self.note(line)
+        self.say(line)
+
+    def note(self, line: str) -> None:
+        """Write a line to the log."""
         with (self.path / LOG_FILE).open("a", encoding="utf-8") as stream:
             stream.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
-        self.say(line)
 
 
 def log_traceback(folder: Path) -> None:
@@ -283,6 +296,7 @@ def execute(
     if floor not in _zero_shot:
         # Most fresh adapters change nothing; a soft prompt does.
         bare = model if adapters.KINDS[config.adapter.name].unchanged else load_backbone(config).model
+        folder.say(f"measuring the backbone before training: {len(examples)} test examples")
         _zero_shot[floor] = measure(bare)[1]
     record.zero_shot = _zero_shot[floor]
     folder.log(f"zero-shot accuracy {record.zero_shot.accuracy:.3f}; {describe(plan)}")
@@ -293,6 +307,7 @@ def execute(
     if plan.steps:
         record.privacy = fit(config, prepared, ranks, start, folder, tracker)
     training_seconds = time.perf_counter() - training_begin
+    folder.say(f"measuring the tuned model: {len(examples)} test examples")
     judgements, record.metrics = measure(model)
     if not math.isfinite(record.metrics.response_perplexity):
         raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
@@ -311,7 +326,7 @@ def execute(
         peak_memory_mb=peak_memory_mb(config.compute.device),
         device=f"{config.compute.device}, {config.compute.threads} thread(s)",
     )
-    folder.log(summary(record))
+    folder.note(summary(record))  # Whoever asked for the run gets it from the record.
 
 
 _zero_shot: dict[tuple[object, ...], Metrics] = {}
@@ -382,7 +397,7 @@ def fit(
 
     history = list(start.history) if start else []
     shown = 0
-    spent = epsilon_marks(plan)
+    marks = epsilon_marks(plan)
 
     def let_out(step: Step) -> None:
         """Make a checkpoint, and show its rows only then: what was seen is never drawn again with other noise."""
@@ -416,11 +431,13 @@ def fit(
             adapter=AdapterState(model),
             start=start,
         ):
-            history.append(history_row(step, spent.get(step.step)))
+            history.append(history_row(step, marks.get(step.step)))
             if step.step % config.compute.checkpoint_every == 0 or step.step == plan.steps:
                 let_out(step)
-            if folder is not None and (step.step in spent or step.step == plan.steps):
-                folder.log(progress(step, plan, config, spent.get(step.step)))
+            if folder is not None:
+                folder.steps(step.step, plan.steps)
+                if step.step in marks:
+                    folder.log(progress(step, plan, config, marks[step.step]))
     except Exception as error:
         if folder is not None and keys.mode == "secure" and not isinstance(error, OSError):
             # That it failed may be due to what it drew: drawing again for free would be choosing. A new attempt counts.
@@ -441,21 +458,18 @@ def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | Non
     rate = step.step * plan.expected_batch_size / step.seconds
     left = step.seconds / step.step * (plan.steps - step.step)
     target = f" of {config.privacy.target_epsilon:g}" if config.privacy.target_epsilon else ""
-    spent = "not private" if epsilon is None else f"epsilon {rounded_up(epsilon):.3f}{target}"
-    return f"step {step.step}/{plan.steps}  {rate:.0f} examples/s  {spent}  {left:.0f} s left"
+    so_far = "non-private" if epsilon is None else f"epsilon {rounded_up(epsilon):.3f}{target}"
+    rest = f"  {in_time(left)} left" if step.step < plan.steps else ""
+    return f"step {step.step}/{plan.steps}  {rate:.0f} examples/s  {so_far}{rest}"
 
 
 def summary(record: RunRecord) -> str:
     """The finished run in one line."""
     metrics, floor, privacy, parameters = record.metrics, record.zero_shot, record.privacy, record.parameters
     assert metrics and floor and privacy and parameters and record.cost
-    if privacy.epsilon is None:
-        spent = "not private"
-    else:
-        target = f"/{privacy.target_epsilon:g}" if privacy.target_epsilon else ""
-        spent = f"epsilon {rounded_up(privacy.epsilon):.3f}{target} at delta {privacy.delta:g}"
+    delta = "" if privacy.epsilon is None else f" at delta {privacy.delta:g}"
     return (
-        f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent}  "
+        f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent(privacy)}{delta}  "
         f"{parameters.trainable:,} of {parameters.total:,} parameters trained  {record.cost.seconds:.1f} s"
     )
 

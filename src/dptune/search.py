@@ -29,6 +29,7 @@ from dptune.privacy.accounting import rounded_up
 from dptune.privacy.events import Event
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 from dptune.privacy.streams import KeyRing, Purpose
+from dptune.progress import NotDone, tried
 from dptune.records import RunFailed, RunRecord, read, summary, write_atomically
 from dptune.run import LOG_FILE, run
 from dptune.run import summary as in_one_line
@@ -263,10 +264,9 @@ class Search:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def trial(tree: DictConfig) -> None:
+def trial(tree: DictConfig) -> NotDone | None:
     """What Hydra calls for each trial: a run of which nothing is said. A failed one is one with the worst score."""
-    with contextlib.suppress(BlockingIOError):  # Another process does it.
-        run(strict(tree), overrides=list(HydraConfig.get().overrides.task))
+    return tried(lambda: run(strict(tree), overrides=list(HydraConfig.get().overrides.task)))
 
 
 def trial_is_done(job: Job) -> bool:

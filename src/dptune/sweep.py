@@ -55,6 +55,13 @@ class Job:
     is_search: bool = False
     """It is the run that a search releases: its config is known when the search is finished."""
 
+    @property
+    def setting(self) -> str:
+        """What sets it apart, for people: the last part of each name, the seed at the end."""
+        items = [item.lstrip("+~").partition("=") for item in self.varied]
+        words = [f"{name.rpartition('.')[2]}{equals}{value}" for name, equals, value in items]
+        return ", ".join(sorted(words, key=lambda word: word.startswith("seed=")))
+
 
 def grid(overrides: Iterable[str]) -> list[list[str]]:
     """All combinations of some overrides, one list a job; the last word on a key counts.

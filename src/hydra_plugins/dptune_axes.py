@@ -1,6 +1,7 @@
 """A Hydra sweeper that joins several small grids; see dptune.sweep. Hydra finds it by its place in `hydra_plugins`."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
+    from dptune.progress import NotDone
     from dptune.sweep import Job
 
 
@@ -42,11 +44,13 @@ class AxesSweeper(Sweeper):
     def __init__(self, common: dict[str, Any], axes: Sequence[dict[str, Any]], include: Sequence[str]) -> None:
         self.common, self.axes, self.include = common, axes, include
         self.jobs: Callable[[list[str]], list[Job]]
+        self.settings: DictConfig
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`."""
         from dptune.sweep import jobs_of
 
+        self.settings = config.hydra.launcher
         self.jobs = partial(jobs_of, hydra_context.config_loader, config, self.common, self.axes, self.include)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -54,7 +58,9 @@ class AxesSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run what is missing; a run that fails does not stop the others."""
+        from dptune.progress import workers_of
         from dptune.records import RunFailed
+        from dptune.watch import Watch
 
         refuse_torchrun()
         jobs = self.jobs(arguments)
@@ -62,29 +68,47 @@ class AxesSweeper(Sweeper):
         print(f"{len(jobs)} runs: {len(jobs) - len(missing)} finished before, {len(missing)} to do", flush=True)
         if not missing:
             return []
-        results = self.launched(missing, _is_done)
-        failed = [result._return_value for result in results if result.status == JobStatus.FAILED]
-        if failed:
-            raise RunFailed("; ".join([f"{len(failed)} of {len(missing)} runs failed", *map(str, failed)]))
-        unfinished = sum(not _is_done(job) for job in missing)
-        if unfinished:
-            print(f"{unfinished} runs are being done by other processes; `dptune status` shows them", flush=True)
-        return list(results)
+        with Watch(missing, len(jobs), workers_of(self.settings)) as watch:
+            refused = self.launched(missing, _is_done, watch.say)
+            watch.look()
+            others = [(job, why) for job, why in refused if not why.failed and not _is_done(job)]
+            for job, why in refused:
+                if why.failed:
+                    watch.fail(job, why.why)
+                    if why.trace and os.environ.get("DPTUNE_TRACEBACK"):
+                        print(why.trace, file=sys.stderr, flush=True)
+            for _, why in others:
+                watch.say(f"left out: {why.why}")
+        if watch.failed:
+            raise RunFailed(
+                f"{watch.failed} of {len(missing)} runs failed, named above; the same command does them again"
+            )
+        if others:
+            print(f"{len(others)} runs are being done by other processes; `dptune status` shows them", flush=True)
+        return []
 
-    def launched(self, missing: Sequence["Job"], is_done: Callable[["Job"], bool]) -> Sequence[JobReturn]:
-        """Results of the launcher, which is asked again when the system killed one of its workers.
+    def launched(
+        self, missing: Sequence["Job"], is_done: Callable[["Job"], bool], say: Callable[[str], None]
+    ) -> list[tuple["Job", "NotDone"]]:
+        """Jobs that the launcher did not do, and why; it is asked again when the system killed one of its workers.
 
         Raises:
             RunFailed: when workers were killed too often.
         """
         from dptune.records import RunFailed
 
+        if str(self.settings.get("_target_", "")).endswith("SlurmLauncher"):
+            from dptune.slurm import be_quiet_without_accounting
+
+            be_quiet_without_accounting(say)
         for _ in range(LAUNCHES):
             try:
-                return self.launcher.launch([list(job.overrides) for job in missing], initial_job_idx=0)
+                results = self.launcher.launch([list(job.overrides) for job in missing], initial_job_idx=0)
+                returned = [(job, result.return_value) for job, result in zip(missing, results, strict=True)]
+                return [(job, value) for job, value in returned if value is not None]
             except BrokenExecutor:
                 missing = [job for job in missing if not is_done(job)]
-                print("a worker process was killed; what it did not finish is launched again", flush=True)
+                say("a worker process was killed; what it did not finish is launched again")
                 if not missing:
                     return []
         raise RunFailed(f"worker processes were killed {LAUNCHES} times: is there enough memory for so many at once?")

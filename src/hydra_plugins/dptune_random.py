@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
@@ -76,8 +77,8 @@ class RandomSweeper(AxesSweeper):
         missing = [job for job in search.trials() if not trial_is_done(job)]
         if missing:
             self.launcher = self.launcher_below(str(search.secret))
-            results = self.launched(missing, trial_is_done)
-            if errors := [result._return_value for result in results if result.status == JobStatus.FAILED]:
+            refused = self.launched(missing, trial_is_done, partial(print, flush=True))
+            if errors := [why.why for _, why in refused if why.failed]:
                 raise RunFailed(f"{name} is not finished; NON-PRIVATE: {errors[0]}")
         said = search.release()
         if said is None:

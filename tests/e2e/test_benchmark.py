@@ -1,27 +1,15 @@
-"""The embedded backbone as it is used: runs where it has been pretrained already (any sweep on it does that)."""
+"""The embedded backbone as it is used."""
 
 from pathlib import Path
 
-import pytest
-
 from dptune import run
 from dptune.config import Config
-from dptune.models.tiny import Recipe, content_hash
-from dptune.sweep import ROOT
-
-CACHE = ROOT / ".cache"
-
-# Pretraining takes minutes; whoever has run a sweep, as .ci/run does first, has it already.
-pytestmark = pytest.mark.skipif(
-    not (CACHE / f"tiny-{content_hash(Recipe())}").is_dir(),
-    reason="the embedded backbone is not in .cache yet; `make sweep SWEEP=smoke` puts it there",
-)
 
 
 def test_the_benchmark_has_something_to_learn(tmp_path: Path) -> None:
     """Zero-shot is low, and a short training without privacy learns a good part of the private conventions."""
     config = Config()
-    config.compute.cache_dir, config.compute.output_root = str(CACHE), str(tmp_path)
+    config.compute.cache_dir, config.compute.output_root = str(tmp_path / "cache"), str(tmp_path)
     config.privacy.enabled, config.privacy.target_epsilon = False, None
     config.data.test_size = 200
     config.hyperparameter.steps, config.hyperparameter.expected_batch_size = 25, 128

@@ -22,6 +22,8 @@ ALLOWED = {
     "text_metrics": set(),
     "evaluation": {"config", "records", "data", "text_metrics"},
     "sweep": {"config"},
+    "progress": {"records"},
+    "watch": {"records", "lease", "sweep", "guarantee", "progress", "status"},
     "status": {"records", "lease", "sweep"},
     "report": {"config", "records", "sweep", "privacy"},
     "guarantee": {"config", "records", "data", "privacy"},
@@ -29,13 +31,15 @@ ALLOWED = {
     "provenance": {"config", "records", "preparation"},
     "run": {
         *("config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"),
-        *("guarantee", "preparation", "provenance", "text_metrics"),
+        *("guarantee", "preparation", "provenance", "text_metrics", "progress"),
     },
-    "search": {"config", "records", "privacy", "sweep", "guarantee", "preparation", "run"},
+    "search": {"config", "records", "privacy", "sweep", "guarantee", "preparation", "run", "progress"},
     "sync": {"config", "records", "lease", "tracking", "report"},
-    "cli": {"config", "records", "sweep", "status", "run", "report", "sync"},
+    "slurm": set(),
+    "pretraining": {"config", "data", "models", "evaluation"},
+    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "progress", "watch"},
 }
-LIGHT = ["config", "records", "lease", "sweep", "status", "guarantee", "report", "sync"]
+LIGHT = ["config", "records", "lease", "sweep", "status", "guarantee", "report", "sync", "progress", "watch", "slurm"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 
@@ -104,7 +108,7 @@ def test_only_the_privacy_package_draws_noise_or_batches() -> None:
         # Generates the embedded public stand-in records.
         Path("data/supportdesk.py"),
         # Pretrains the embedded backbone on the public split.
-        Path("models/tiny.py"),
+        Path("pretraining.py"),
         # Initial weights of adapters, under a public seed.
         Path("models/own_adapters.py"),
         Path("models/peft_adapters.py"),

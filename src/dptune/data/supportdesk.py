@@ -14,10 +14,12 @@ by users whose activity has a long tail. No user and no input occurs in two spli
 task has instruction wordings for pretraining, others for the private splits, and held-out ones for test only.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, combinations
+from pathlib import Path
 from random import Random
 from typing import Literal, TypeVar
 
@@ -384,19 +386,9 @@ def _user(key: str, rng: Random) -> _User:
 
 @cache
 def _personal_data() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """First names, last names and cities: public lists of Faker, drawn with a fixed seed."""
-    from faker import Faker
-
-    people, places = Faker("en_US", use_weighting=False), Faker("de_DE", use_weighting=False)
-    people.seed_instance(0)
-    places.seed_instance(0)
-    draws = (
-        (people.first_name() for _ in range(150)),
-        (people.last_name() for _ in range(150)),
-        (places.city_name() for _ in range(30)),
-    )
-    firsts, lasts, cities = (tuple(dict.fromkeys(word.lower() for word in draw)) for draw in draws)
-    return firsts, lasts, cities
+    """First names, last names and cities, public lists in a file, which no release of a package moves."""
+    names = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
+    return tuple(names["first_names"]), tuple(names["last_names"]), tuple(names["cities"])
 
 
 @cache

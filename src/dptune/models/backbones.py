@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import inspect
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from dptune.config import ConfigError, ModelConfig
 from dptune.data.batches import Architecture, Layout
+from dptune.models.embedded import folder_of
 from dptune.models.quantization import quantize
 
 
@@ -71,10 +71,7 @@ def _located(config: ModelConfig, cache_dir: Path) -> tuple[Path, str, str]:
         return path, path.resolve().name, where
     if config.repo is not None:
         return _downloaded(config), config.repo, f"model.repo={config.repo}"
-    from dptune.models.tiny import RECIPES, load_tiny
-
-    folder = load_tiny(cache_dir, RECIPES[config.name], progress=lambda line: print(line, file=sys.stderr, flush=True))
-    return folder, folder.name, f"model={config.name}"
+    return folder_of(config.name), config.name, f"model={config.name}"
 
 
 def _downloaded(config: ModelConfig) -> Path:

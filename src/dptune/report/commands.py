@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from dptune.config import ConfigError
 from dptune.report.render import file_name, markdown, write
 from dptune.report.results import HOW_TO_MAKE_SOME, Results, filtered, load, of_sweep
 from dptune.report.tables import Table, comparison_table, cost_table, main_table, run_table, task_table
+from dptune.report.terminal import NARROWEST, WIDEST, narrow, plain
 
 SINGLE = "single-runs"
 """Name of what no sweep asked for."""
+WIDE = "--wide"
+"""Asks for every column, as Markdown."""
 
 
 @dataclass(frozen=True)
@@ -24,41 +28,59 @@ class Request:
     filters: tuple[str, ...]
     root: Path
     to: Path
+    wide: bool = False
 
     @classmethod
-    def of(cls, arguments: Sequence[str]) -> Request:
-        """`[SWEEP] [key=value ...] [compute.output_root=FOLDER] [to=FOLDER]`.
+    def of(cls, arguments: Sequence[str], options: Sequence[str] = ()) -> Request:
+        """`[SWEEP] [key=value ...] [compute.output_root=FOLDER] [to=FOLDER]`, and the options of the command.
 
         Raises:
             ConfigError: for anything else.
         """
-        names = [item for item in arguments if "=" not in item]
-        if len(names) > 1 or any(name.startswith("-") for name in names):
+        given = [item for item in arguments if item.startswith("-")]
+        for unknown in (item for item in given if item not in options):
+            known = f"this view has {' '.join(options)}" if options else "this view has none (dptune table has --wide)"
+            raise ConfigError(f"there is no option {unknown}: {known}; give filters as key=value")
+        names = [item for item in arguments if "=" not in item and item not in given]
+        if len(names) > 1:
             raise ConfigError(f"{' '.join(names)}: give at most one sweep, and filters as key=value")
         values = dict(item.split("=", 1) for item in arguments if "=" in item)
         root, to = values.get("compute.output_root", "outputs"), values.pop("to", "report")
         chosen = tuple(f"{key}={value}" for key, value in values.items())
         if not names:
             chosen = tuple(item for item in chosen if not item.startswith("compute.output_root="))
-        return cls(names[0] if names else None, chosen, Path(root), Path(to))
+        return cls(names[0] if names else None, chosen, Path(root), Path(to), WIDE in given)
 
 
 def table(arguments: Sequence[str]) -> None:
     """Print the main table of each sweep; with a sweep's name, what it asks for and does not have is shown too."""
-    shown = False
-    for name, results in selected(Request.of(arguments)):
-        print(("\n" if shown else "") + markdown(main_table(name, results, titled(name))))
+    request, shown = Request.of(arguments, [WIDE]), False
+    for name, results in selected(request):
+        print(("\n" if shown else "") + printed(main_table(name, results, titled(name)), request))
         shown = True
 
 
 def tables(arguments: Sequence[str]) -> None:
     """Print the main tables and write all of them as CSV, LaTeX and HTML."""
-    request = Request.of(arguments)
+    request = Request.of(arguments, [WIDE])
     for name, results in selected(request):
         made = all_tables(name, results)
-        print(markdown(made[0]), end="\n\n")
+        print(printed(made[0], request), end="\n\n")
         write(made, request.to / "tables")
     print(f"CSV, LaTeX and HTML: {request.to / 'tables'}")
+
+
+def printed(table: Table, request: Request) -> str:
+    """A main table as it is asked for: whole, or within the width of the terminal."""
+    return markdown(table) if request.wide else narrow(table, terminal_width())
+
+
+def terminal_width() -> int:
+    """How wide a line may be: `WIDEST`, also in a file and a pipe, or what the terminal has if that is less."""
+    if not sys.stdout.isatty():
+        return WIDEST
+    columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    return min(max(columns, NARROWEST), WIDEST) if columns else WIDEST  # A terminal of unknown size says 0.
 
 
 def all_tables(name: str, results: Results) -> list[Table]:
@@ -121,7 +143,7 @@ def titled(name: str) -> str:
 def warn(results: Results) -> None:
     """Say loudly what was left out."""
     for reason in results.unreadable:
-        print(f"dptune: LEFT OUT {reason}", file=sys.stderr)
+        print(f"dptune: LEFT OUT {plain(reason)}", file=sys.stderr)
 
 
 def claims(arguments: Sequence[str]) -> None:

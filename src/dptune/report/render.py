@@ -1,4 +1,4 @@
-"""A table as Markdown for the terminal, and as CSV, LaTeX and HTML files."""
+"""A table as Markdown, and as CSV, LaTeX and HTML files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dptune.records import write_atomically
 from dptune.report.tables import Cell, Table
+from dptune.report.terminal import plain
 
 if TYPE_CHECKING:
     from great_tables import GT
@@ -29,11 +30,11 @@ _LATEX = {
 
 
 def markdown(table: Table) -> str:
-    """The table for a terminal, with what must be known to read it below."""
+    """The whole table, however wide, with what must be known to read it below."""
     heads = [column.head for column in table.columns]
     lines = [table.title, "", _line(heads), _line(["---"] * len(heads))]
     lines += [_line([_text(row.get(column.key)) for column in table.columns]) for row in table.rows]
-    return "\n".join([*lines, "", *table.notes])
+    return "\n".join(plain(line) for line in [*lines, "", *table.notes])
 
 
 def to_csv(table: Table) -> str:

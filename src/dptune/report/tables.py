@@ -1,7 +1,7 @@
 """Tables of results: pure functions of runs. No torch here.
 
 A table is a list of columns and of rows of cells; a cell knows its number, its interval, how many runs are behind it
-and which. `render.py` turns it into Markdown, CSV, LaTeX and HTML.
+and which. `render.py` turns it into Markdown, CSV, LaTeX and HTML, `terminal.py` into lines of a given width.
 """
 
 from __future__ import annotations
@@ -28,6 +28,20 @@ NONE = "–"
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What the text of a cell is made of, for a table that aligns it or sets it in several lines."""
+
+    number: str
+    interval: str = ""
+    tail: str = ""
+    """What belongs to the number, such as the row that a difference is to."""
+    words: str = ""
+    """What else is to be said."""
+    marks: tuple[str, ...] = ()
+    """Keys of `FLAGS`."""
+
+
+@dataclass(frozen=True)
 class Cell:
     """One cell: what is shown, and the number behind it."""
 
@@ -42,6 +56,8 @@ class Cell:
     """Runs, or pairs of runs."""
     run_ids: tuple[str, ...] = ()
     """The runs it was computed from."""
+    parts: Parts | None = None
+    """Its text in parts, where there is a number in it."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +228,12 @@ def setting_row(results: Results, setting: Setting, difference: Cell) -> dict[st
         return {"setting": Cell(label), "accuracy": Cell(lacking)}
     items = results.judgements(setting.run_ids)
     accuracy = measured(setting, ACCURACY, items)
+    if lacking:
+        parts = replace(accuracy.parts or Parts(accuracy.text), words=lacking)
+        accuracy = replace(accuracy, text=f"{accuracy.text}; {lacking}", parts=parts)
     return {
         "setting": Cell(label, run_ids=setting.run_ids),
-        "accuracy": replace(accuracy, text=f"{accuracy.text}; {lacking}") if lacking else accuracy,
+        "accuracy": accuracy,
         "difference": difference,
         **{key: measured(setting, measure) for key, measure in TEXT.items()},
         "unseen": measured(setting, UNSEEN),
@@ -260,7 +279,7 @@ def floor_row(done: pd.DataFrame, which: str = "") -> dict[str, Cell]:
             row[key] = Cell(f"{value:.{measure.digits}f}", float(value))
     if (unseen := first.get("zero_shot.accuracy_unseen")) == unseen and unseen is not None:
         row["unseen"] = Cell(f"{unseen:.3f}", unseen)
-    return {**row, "trainable": Cell("0 (0.00)", 0.0)}
+    return {**row, "trainable": Cell("0 (0.00)", 0.0, parts=Parts("0", tail="(0.00)"))}
 
 
 def difference_cell(results: Results, setting: Setting, reference: Setting | None, row: int) -> Cell:
@@ -273,8 +292,7 @@ def difference_cell(results: Results, setting: Setting, reference: Setting | Non
         found, run_ids = paired(results, setting, reference)
     except ValueError as reason:
         return Cell(f"not compared: {reason}")
-    shown = in_words(found, 3, tuple(run_ids), sign="+")
-    return replace(shown, text=f"{shown.text} to {row}")
+    return in_words(found, 3, tuple(run_ids), sign="+", tail=f"to {row}")
 
 
 def measured(setting: Setting, measure: Measure, items: Judgements | None = None) -> Cell:
@@ -283,12 +301,13 @@ def measured(setting: Setting, measure: Measure, items: Judgements | None = None
     return Cell(NONE) if found is None else in_words(found, measure.digits, setting.run_ids)
 
 
-def in_words(found: Estimate, digits: int, run_ids: tuple[str, ...] = (), sign: str = "") -> Cell:
-    """A cell as `mean [low, high] (n)`."""
-    text = f"{found.mean:{sign}.{digits}f}"
+def in_words(found: Estimate, digits: int, run_ids: tuple[str, ...] = (), sign: str = "", tail: str = "") -> Cell:
+    """A cell as `mean [low, high] (n) tail`."""
+    parts = Parts(f"{found.mean:{sign}.{digits}f}", tail=tail)
     if found.low is not None and found.high is not None:
-        text += f" [{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]"
-    return Cell(f"{text} ({found.n})", found.mean, found.low, found.high, found.n, run_ids)
+        parts = replace(parts, interval=f"[{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]")
+    text = " ".join(filter(None, (parts.number, parts.interval, f"({found.n})", tail)))
+    return Cell(text, found.mean, found.low, found.high, found.n, run_ids, parts)
 
 
 def epsilon_cells(setting: Setting) -> dict[str, Cell]:
@@ -299,14 +318,16 @@ def epsilon_cells(setting: Setting) -> dict[str, Cell]:
     if not spent:
         return {"epsilon": Cell("not recorded"), "delta": Cell(NONE)}
     epsilon, delta, target = rounded_up(max(spent)), setting.value("privacy.delta"), setting.target
-    text = f"{epsilon:.3f}/{NONE if target is None else format(target, 'g')}"
+    parts = Parts(f"{epsilon:.3f}/{NONE if target is None else format(target, 'g')}")
     if whole := setting.value("provenance.repetitions.epsilon"):
         epsilon = rounded_up(whole)
-        text += f"; best of K {epsilon:.3f}"
+        parts = replace(parts, words=f"best of K {epsilon:.3f}")
     flags = [setting.value("privacy.noise_mode") == "reproducible" and "r", setting.value("privacy.stand_in") and "p"]
-    marks = ",".join(flag for flag in flags if flag)
+    parts = replace(parts, marks=tuple(flag for flag in flags if flag))
+    text = "; ".join(filter(None, (parts.number, parts.words)))
+    text += f" ({','.join(parts.marks)})" if parts.marks else ""
     return {
-        "epsilon": Cell(f"{text} ({marks})" if marks else text, epsilon, run_ids=setting.run_ids),
+        "epsilon": Cell(text, epsilon, run_ids=setting.run_ids, parts=parts),
         "delta": Cell(f"{delta:g}", delta),
     }
 
@@ -317,7 +338,8 @@ def trainable_cell(setting: Setting) -> Cell:
     if len(counts) != 1:
         return Cell(NONE if not counts else "differs between runs")
     (count,) = counts
-    return Cell(f"{int(count):,} ({100 * setting.value('parameters.fraction'):.2f})", float(count))
+    parts = Parts(f"{int(count):,}", tail=f"({100 * setting.value('parameters.fraction'):.2f})")
+    return Cell(f"{parts.number} {parts.tail}", float(count), parts=parts)
 
 
 def cost_cell(setting: Setting, measure: Measure) -> Cell:
@@ -461,10 +483,16 @@ def run_table(name: str, results: Results) -> Table:
     return Table(f"{name}-runs", f"{name}: every run", columns, tuple(rows), ("# is the row in the other tables.",))
 
 
-INTERVALS = (
+INTERVAL = (
     "[95 %]: the mean over runs ± Student's t times its standard error when runs (seeds) and test items are drawn "
-    "again; for a single run Wilson's interval over its items. (n): number of runs."
+    "again; for a single run Wilson's interval over its items."
 )
+INTERVALS = f"{INTERVAL} (n): number of runs."
+FLAGS = {
+    "r": "Noise mode reproducible: ε is accounted, not realised (anyone with the seed can subtract the noise).",
+    "p": "The data is a public stand-in: ε is stated as if it were private.",
+}
+"""What limits the meaning of an epsilon, by its mark."""
 
 
 def notes(results: Results, settings: Sequence[Setting], found: Sequence[Procedure], compared: bool) -> list[str]:
@@ -500,11 +528,9 @@ def flag_notes(settings: Sequence[Setting]) -> list[str]:
     private = [item for item in settings if item.private and item.done]
     lines = []
     if any(item.value("privacy.noise_mode") == "reproducible" for item in private):
-        lines.append(
-            "(r) Noise mode reproducible: ε is accounted, not realised (anyone with the seed can subtract the noise)."
-        )
+        lines.append(f"(r) {FLAGS['r']}")
     if any(item.value("privacy.stand_in") for item in private):
-        lines.append("(p) The data is a public stand-in: ε is stated as if it were private.")
+        lines.append(f"(p) {FLAGS['p']}")
     if any(not item.value("privacy.stand_in") for item in private):
         lines.append("“withheld”: times and memory of runs on private data depend on the batches that were drawn.")
     if any((times or 0) > 1 for item in private for times in item.values("privacy.attempts")):

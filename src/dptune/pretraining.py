@@ -1,12 +1,18 @@
-"""The embedded backbones: Llamas of a million parameters and less, pretrained on public data at first use.
+"""How the embedded backbones were made: Llamas of a million parameters and less, pretrained on public records.
 
-They need no network. Tokenizer and weights come from the public split of the embedded support desk alone, not
-from the `dev` or `private` organisation, so that using them costs no privacy budget.
+Tokenizer and weights come from the public split of the embedded support desk alone, not from the `dev` or `private`
+organisation. What is used is shipped (`models/embedded.py`), because another CPU gives other weights; `make backbones`
+makes them again and says how far they are from the shipped ones.
 """
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import importlib.metadata
 import json
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -22,10 +29,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dptune.data import encoding, supportdesk, templates
+from dptune import evaluation
+from dptune.config import CHECKSUMS, SHIPPED, EvaluationConfig, ModelConfig
+from dptune.data import supportdesk, templates
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
-from dptune.models.cache import made_once
+from dptune.models import backbones
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +97,53 @@ RECIPES = {
 """The embedded backbones by name: of a million and of a quarter of a million parameters."""
 
 
-def load_tiny(cache_dir: Path, recipe: Recipe, *, progress: Callable[[str], None] | None = None) -> Path:
-    """Folder of an embedded backbone in Hugging Face format; pretrains it when the cache does not hold it.
+def pretrain(recipe: Recipe, folder: Path, *, progress: Callable[[str], None] | None = None) -> None:
+    """Make a backbone by its recipe, as a folder in Hugging Face format with a model card and checksums.
+
+    The weights are rounded once, to 16 bits; they are read into 32.
 
     Args:
-        cache_dir: Folder of the cache; made when missing.
-        recipe: How to make it.
-        progress: Called with a line about step, loss and time left now and then.
-
-    Returns:
-        A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+        recipe: how to make it.
+        folder: where to; made when missing.
+        progress: called with a line about step, loss and time left now and then.
     """
+    records = supportdesk.public(recipe.seed, recipe.records)
+    tokenizer = train_tokenizer(records, recipe.vocabulary)
+    model = _trained(records, tokenizer, recipe, progress or (lambda line: None)).half()
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in DECISIVE}
+    (folder / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in hashes.items()))
+    (folder / "README.md").write_text(model_card(recipe, model.num_parameters(), hashes["model.safetensors"]))
 
-    def make(folder: Path) -> None:
-        records = supportdesk.public(recipe.seed, recipe.records)
-        tokenizer = train_tokenizer(records, recipe.vocabulary)
-        model = _pretrain(records, tokenizer, recipe, progress or (lambda line: None))
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
 
-    return made_once(cache_dir, f"{recipe.name}-{content_hash(recipe)}", make)
+DECISIVE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""Files that decide numbers; the card does not."""
+
+
+def model_card(recipe: Recipe, parameters: int, digest: str) -> str:
+    """What a stranger must know of a backbone."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# dptune/{recipe.name}
+
+A Llama of {recipe.layers} layers and width {recipe.width} ({parameters:,} parameters), small enough to tune privately
+in seconds. It is the public starting point of dptune's embedded benchmark, and of no use elsewhere.
+
+- **Data**: {recipe.records:,} made-up records of a customer-support desk, from the organisations
+  {", ".join(supportdesk.PUBLIC_ORGANISATIONS)} (`dptune.data.supportdesk.public({recipe.seed}, {recipe.records})`).
+  They are public. It has seen no record of the organisations `dev` and `private`.
+- **Recipe**: `dptune.pretraining.RECIPES["{recipe.name}"]`:
+  `{json.dumps(asdict(recipe))}`
+- **Made with**: {", ".join(f"{name} {version}" for name, version in versions.items())}, one thread. Weights are
+  rounded once to float16. Another CPU makes other weights: `make backbones` says how far off.
+- **SHA-256 of `model.safetensors`**: `{digest}`
+- **Licence**: Apache-2.0, as dptune.
+"""
 
 
 def train_tokenizer(records: list[Example], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -132,16 +168,7 @@ def _text(record: Example) -> tuple[str, str]:
     return templates.plain(record.instruction, record.input), templates.response_of(record.output, "plain")
 
 
-def content_hash(recipe: Recipe) -> str:
-    """Short hash of the recipe, of the code that makes text, tokens and weights, and of the libraries' versions."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "faker")}
-    digest = hashlib.sha256(json.dumps([asdict(recipe), versions]).encode())
-    for module in (__file__, supportdesk.__file__, encoding.__file__, templates.__file__):
-        digest.update(Path(module).read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _pretrain(
+def _trained(
     records: list[Example],
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
@@ -231,3 +258,72 @@ def _loss(model: LlamaForCausalLM, rows: Sequence[Encoded], prompt_weight: float
     scored = (positions > 0) & (positions < prompts + responses)
     losses = F.cross_entropy(model.lm_head(hidden[scored.roll(-1, 1)]), tokens[scored], reduction="none")
     return (losses * weights[scored]).sum() / len(rows)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a backbone is from the shipped one of its name."""
+
+    zero_shot: tuple[float, float]
+    """Accuracy on the test records of the private organisation: shipped, made again."""
+    public: tuple[float, float]
+    """Accuracy on public records that neither has seen."""
+    largest_difference: float
+    """Largest difference of two weights, as a share of the largest weight; infinite when the shapes differ."""
+
+
+def distance(shipped: Path, made: Path) -> Distance:
+    """Compare two backbones of one recipe."""
+    sets = (supportdesk.generate(train=0, validation=0)["test"], supportdesk.public(seed=1, size=800))
+    zero_shot, public = ((_accuracy(shipped, examples), _accuracy(made, examples)) for examples in sets)
+    first, second = (load_file(folder / "model.safetensors") for folder in (shipped, made))
+    if {name: value.shape for name, value in first.items()} != {name: value.shape for name, value in second.items()}:
+        return Distance(zero_shot, public, float("inf"))
+    largest = max(value.abs().max().item() for value in first.values())
+    apart = max((first[name].float() - second[name].float()).abs().max().item() for name in first)
+    return Distance(zero_shot, public, apart / largest)
+
+
+def _accuracy(folder: Path, examples: Sequence[Example]) -> float:
+    """Share of examples that a backbone answers rightly before any tuning."""
+    rules = EvaluationConfig()
+    loaded = backbones.load(ModelConfig("local", str(folder)), precision="float32", device="cpu", cache_dir=folder)
+    judgements, written = evaluation.judge(
+        loaded.model,
+        loaded.tokenizer,
+        evaluation.judged(examples, rules.prompts),
+        None,
+        layout=loaded.layout,
+        sequence_length=96,
+        batch_size=512,
+        max_new_tokens=rules.max_new_tokens,
+    )
+    return evaluation.summarise(judgements, written).accuracy
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`make backbones`: pretrain the embedded backbones again and compare them with the shipped ones."""
+    parser = argparse.ArgumentParser(prog="make backbones", description=main.__doc__)
+    parser.add_argument("names", nargs="*", choices=[*RECIPES, []], metavar="NAME", help=", ".join(RECIPES))
+    parser.add_argument("--to", type=Path, default=Path(".cache/backbones"), help="folder for the new ones")
+    parser.add_argument("--ship", action="store_true", help="put them in the place of the shipped ones")
+    asked = parser.parse_args(arguments)
+    for name in asked.names or RECIPES:
+        made = asked.to / name
+        shutil.rmtree(made, ignore_errors=True)
+        pretrain(RECIPES[name], made, progress=lambda line: print(line, file=sys.stderr, flush=True))
+        if (SHIPPED / name).is_dir():
+            found = distance(SHIPPED / name, made)
+            print(
+                f"{name}, shipped and made again: zero-shot {found.zero_shot[0]:.3f} and {found.zero_shot[1]:.3f}, "
+                f"public {found.public[0]:.3f} and {found.public[1]:.3f}, largest weight difference "
+                f"{found.largest_difference:.1%} of the largest weight; it is in {made}",
+                flush=True,
+            )
+        if asked.ship:
+            shutil.rmtree(SHIPPED / name, ignore_errors=True)
+            shutil.copytree(made, SHIPPED / name)
+
+
+if __name__ == "__main__":
+    main()
