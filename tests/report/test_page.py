@@ -16,7 +16,7 @@ pytest.importorskip("vl_convert", reason="make setup EXTRAS=report, or make test
 CHROMIUM = next(
     (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), ""
 )
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
