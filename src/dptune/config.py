@@ -377,10 +377,11 @@ class DataSensitivityConfig:
 class TrackingConfig:
     """Mirrors of the record. The record on disk is the truth."""
 
-    name: str = _one_of("none", "wandb_offline", "wandb")
-    """`wandb_offline` writes W&B files without network; `wandb` uploads when an account is configured."""
+    name: str = _one_of("none", "wandb_offline", "wandb", "trackio")
+    """`wandb_offline` writes W&B files without network; `wandb` uploads when an account is configured; `trackio` writes
+    the database of a local dashboard."""
     project: str = "dptune"
-    """W&B project."""
+    """W&B or Trackio project."""
     entity: str | None = None
     """W&B entity (null: the account's default)."""
     allow_private: bool = False

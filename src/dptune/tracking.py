@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from dptune.config import TrackingConfig
-from dptune.records import ADAPTER_FOLDER, RECORD_FILE, Metrics, RunRecord
+from dptune.records import ADAPTER_FOLDER, RECORD_FILE, RunRecord
 
 
 class Tracker(Protocol):
@@ -39,29 +41,21 @@ class NoTracker:
 NONE = NoTracker()
 
 
-class WandbTracker:
-    """Weights & Biases: config, history, summary, tables and adapter under `id=run_id`, grouped by sweep.
+class Mirror:
+    """What mirrors have in common: which part of a run they show.
 
     Args:
         config: where to, and what may be shown.
-        record: the run; its privacy and results may still be missing.
-        folder: its folder, which gets W&B's files and has the adapter.
-        anew: overwrite what W&B holds of this run instead of going on with it.
+        folder: of the run.
     """
 
-    def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path, *, anew: bool = False) -> None:
+    run: Any
+    """The library's own object of the run."""
+    first = 0
+    """Of a run that goes on, the mirror holds the steps before."""
+
+    def __init__(self, config: TrackingConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.run = open_run(
-            config,
-            folder,
-            id=record.run_id,
-            group=record.sweep,
-            job_type=method_of(record),
-            tags=tags(record),
-            config=record.config | {"provenance": record.provenance},
-            anew=anew,
-        )
-        self.first = int(self.run.step)  # Of a run that goes on, W&B holds the steps before.
         self.last = 0
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -75,10 +69,40 @@ class WandbTracker:
             int(row["step"]),
         )
 
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        if step >= self.first:
+            self.run.log(dict(values), step=step)
+            self.last = step
+
+
+class WandbTracker(Mirror):
+    """Weights & Biases: config, history, summary, tables and adapter under `id=run_id`, grouped by sweep.
+
+    Args:
+        config: where to, and what may be shown.
+        record: the run; its privacy and results may still be missing.
+        folder: its folder, which gets W&B's files and has the adapter.
+        anew: overwrite what W&B holds of this run instead of going on with it.
+    """
+
+    def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path, *, anew: bool = False) -> None:
+        super().__init__(config, folder)
+        self.run = open_run(
+            config,
+            folder,
+            id=record.run_id,
+            group=record.sweep,
+            job_type=method_of(record),
+            tags=tags(record),
+            config=shown_config(record),
+            anew=anew,
+        )
+        self.first = int(self.run.step)
+
     def finish(self, record: RunRecord) -> None:
         """Write tables, summary and adapter, and close the run."""
         if record.metrics is not None:
-            self._log({TASK_TABLE: task_table(record.metrics, record.zero_shot)}, self.last)
+            self._log({TASK_TABLE: wandb_table(TASK_COLUMNS, task_rows(record))}, self.last)
         self.run.summary.update(summary(record, self.config.allow_private))
         self.run.tags = tags(record)
         wanted = self.config.upload_adapters and (self.config.allow_private or releasable(record))
@@ -86,10 +110,88 @@ class WandbTracker:
             self.run.log_artifact(adapter_artifact(record, self.folder))
         self.run.finish(exit_code=0 if record.status == "done" else 1)
 
+
+class TrackioTracker(Mirror):
+    """Trackio: config, history, summary and the table of tasks under the run's id, in a folder beside the runs.
+
+    The folder is a database that `trackio show` makes a page of; nothing is sent, and no server is started. A run that
+    goes on hands in its rows from the first one again, so that what is there of an earlier attempt is replaced.
+
+    Args:
+        config: what may be shown.
+        record: the run; its privacy and results may still be missing.
+        folder: its folder.
+    """
+
+    def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path) -> None:
+        super().__init__(config, folder)
+        self.trackio = trackio = local_trackio(folder.parent / TRACKIO_FOLDER)
+        with contextlib.suppress(ValueError):  # There is no such project yet.
+            for earlier in [run for run in trackio.Api().runs(config.project) if run.name == record.run_id]:
+                earlier.delete()
+        with without_words(), without_hub():
+            self.run = trackio.init(
+                project=config.project,
+                name=record.run_id,
+                group=record.sweep,
+                config=shown_config(record) | {"method": method_of(record), "tags": tags(record)},
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def finish(self, record: RunRecord) -> None:
+        """Write table and summary, of which Trackio draws the numbers, behind the last step, and close the run."""
+        results = summary(record, self.config.allow_private)
+        if record.metrics is not None:
+            results[TASK_TABLE] = self.trackio.Table(columns=list(TASK_COLUMNS), data=task_rows(record))
+        self._log(results, self.last)
+        with without_words():
+            self.trackio.finish()
+
     def _log(self, values: Mapping[str, Any], step: int) -> None:
-        if step >= self.first:
-            self.run.log(dict(values), step=step)
-            self.last = step
+        super()._log({key: value for key, value in values.items() if key != "step" and value is not None}, step)
+
+
+TRACKIO_FOLDER = "trackio"
+"""Folder, inside the output folder, of Trackio's database."""
+ELSEWHERE = ("SPACE_ID", "SERVER_URL", "BUCKET_ID", "DATASET_ID", "WEBHOOK_URL")
+"""Endings of the variables by which Trackio would send what it gets to somebody."""
+
+
+def local_trackio(folder: Path) -> Any:
+    """The library, writing into a folder and nowhere else.
+
+    Raises:
+        RuntimeError: when this process has it write into another folder, which cannot be changed.
+    """
+    os.environ["TRACKIO_DIR"] = str(folder.absolute())
+    for name in ELSEWHERE:
+        os.environ.pop(f"TRACKIO_{name}", None)
+    import trackio
+
+    if Path(trackio.TRACKIO_DIR) != folder.absolute():
+        raise RuntimeError(f"one process writes to one Trackio folder, and this one has {trackio.TRACKIO_DIR}")
+    return trackio
+
+
+@contextlib.contextmanager
+def without_words() -> Iterator[None]:
+    """Nothing on standard output: a library's greetings would stand between the lines of a sweep."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def without_hub() -> Iterator[None]:
+    """No request to the Hugging Face Hub, of which Trackio asks the name behind a token to write it down."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def open_run(tracking: TrackingConfig, folder: Path, *, id: str, anew: bool = False, **fields: Any) -> Any:
@@ -147,6 +249,11 @@ def summary(record: RunRecord, allow_private: bool = False) -> dict[str, Any]:
     return found
 
 
+def shown_config(record: RunRecord) -> dict[str, Any]:
+    """The config of a run and where it comes from."""
+    return record.config | {"provenance": record.provenance}
+
+
 def method_of(record: RunRecord) -> str:
     """The name that the method was asked for by, else its adapter and privacy setting."""
     return record.method or f"{record.config['adapter']['name']} + {record.config['privacy']['name']}"
@@ -169,13 +276,17 @@ LONGEST_TAG = 64
 """Characters that W&B allows."""
 
 
-def task_table(metrics: Metrics, zero_shot: Metrics | None) -> Any:
-    """Accuracy of each task, before and after training, as a W&B table."""
-    before = zero_shot.accuracy_by_task if zero_shot else {}
-    rows = [
+TASK_COLUMNS = ("task", "accuracy", "zero-shot accuracy", "test examples")
+
+
+def task_rows(record: RunRecord) -> list[tuple[Any, ...]]:
+    """Accuracy of each task, after and before training: the rows of the table of tasks."""
+    metrics = record.metrics
+    assert metrics is not None
+    before = record.zero_shot.accuracy_by_task if record.zero_shot else {}
+    return [
         (task, value, before.get(task), metrics.n_by_task.get(task)) for task, value in metrics.accuracy_by_task.items()
     ]
-    return wandb_table(("task", "accuracy", "zero-shot accuracy", "test examples"), rows)
 
 
 def wandb_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
@@ -242,7 +353,8 @@ def start(config: TrackingConfig, record: RunRecord, folder: Path) -> Tracker:
     """The mirror that the config asks for."""
     if config.name == "none":
         return NoTracker()
-    return Guarded(config.name, lambda: WandbTracker(config, record, folder))
+    kind = TrackioTracker if config.name == "trackio" else WandbTracker
+    return Guarded(config.name, lambda: kind(config, record, folder))
 
 
 def has_account() -> bool:
