@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 # Set before torch and transformers are imported: one thread a test process, and no test may need a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEXT = ["which team ? reset my code", "is it urgent ? the order is late", "yes no billing support kim 12"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that met a package of an extra that is not installed is skipped, saying which."""
+    from dptune.extras import MODULES, needs
+
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        for extra, names in MODULES.items():
+            if (error.name or "").partition(".")[0] in names:
+                pytest.skip(needs(extra, "the test"))
+        raise
 
 
 @pytest.fixture(scope="session")

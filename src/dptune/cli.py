@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dptune.config import Config, ConfigError, strict, unknown_key
+from dptune.extras import needs
 from dptune.progress import Display, NotDone, StepBar, tried
 from dptune.records import RecordError, RunFailed, RunRecord, without_collector
 from dptune.sweep import ROOT, names
@@ -172,6 +173,8 @@ def in_one_line(error: Exception) -> str:
         if match[1].startswith("sweeps/"):
             group, choice, choices = "sweeps", match[1].removeprefix("sweeps/"), names()
         return f"{group}={choice} does not exist; {group} can be: {', '.join(choices)}"
+    if "Could not load 'hydra/launcher/submitit_slurm'" in text:
+        return needs("slurm", "hydra/launcher=slurm")
     if text.startswith("Error merging override") and error.__cause__ is not None:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).partition(chr(10))[0]}"
     return " ".join(text.split())

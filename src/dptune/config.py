@@ -377,11 +377,11 @@ class DataSensitivityConfig:
 class TrackingConfig:
     """Mirrors of the record. The record on disk is the truth."""
 
-    name: str = _one_of("none", "wandb_offline", "wandb", "trackio")
-    """`wandb_offline` writes W&B files without network; `wandb` uploads when an account is configured; `trackio` writes
-    the database of a local dashboard."""
+    name: str = _one_of("none", "trackio", "wandb_offline", "wandb")
+    """`trackio` keeps a database beside the runs, for a dashboard without an account; `wandb_offline` writes W&B files
+    without network; `wandb` uploads when an account is configured."""
     project: str = "dptune"
-    """W&B or Trackio project."""
+    """Project of the mirror."""
     entity: str | None = None
     """W&B entity (null: the account's default)."""
     allow_private: bool = False

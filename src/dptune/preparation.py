@@ -16,6 +16,7 @@ from dptune.data.schema import Example
 from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
 from dptune.data.templates import prompt_of, token_counter
+from dptune.extras import check_extras, require
 from dptune.guarantee import make_plan
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
@@ -25,6 +26,7 @@ from dptune.privacy.gradients import Engine
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records import code_version
+from dptune.text_metrics import SHORTEST
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Prepared:
 
 def prepare(config: Config, identity: str) -> Prepared:
     """Data, plan, backbone with its fresh adapter, and keys. Raises ConfigError; writes nothing but caches."""
+    check_extras(config)
     data = data_of(config)
+    check_texts(data)
     plan = make_plan(config, data)
     backbone = load_backbone(config)
     check_free_form(backbone, data)
@@ -84,6 +88,13 @@ def load_backbone(config: Config) -> Backbone:
         cache_dir=Path(config.compute.cache_dir),
         quantization=config.environment.backbone_quantization,
     )
+
+
+def check_texts(data: Dataset) -> None:
+    """Raises ConfigError when answers are texts that BLEU and ROUGE-L would compare, and the packages are missing."""
+    for example in data.test:
+        if not example.options and len(example.output.split()) >= SHORTEST:
+            require("text", f"task {example.task} (BLEU and ROUGE-L of its answers)")
 
 
 def check_free_form(backbone: Backbone, data: Dataset) -> None:

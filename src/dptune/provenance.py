@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from dptune.config import Config
+from dptune.installation import unlike_lock
 from dptune.preparation import Prepared
 from dptune.records import (
     code_version,
@@ -29,13 +31,22 @@ def provenance(config: Config, prepared: Prepared, overrides: Sequence[str]) -> 
         "overrides": list(overrides),
         "git": git_commit(),
         "code": code_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": versions(),
+        "lock": unlike_lock(),
         "data": prepared.data.fingerprint,
         "backbone": prepared.backbone.fingerprint,
         "engine": prepared.engine,
         "seed": config.environment.seed,
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 PACKAGES = ("dptune", "torch", "transformers", "peft", "opacus", "dp-accounting", "hydra-core", "numpy")

@@ -395,7 +395,14 @@ def _inside(value: Any) -> Mapping[str, Any]:
 
 
 _NESTED = {dict, Metrics, Privacy, Parameters, Cost}
-_WHOLE = ("privacy.groups", "privacy.plan", "privacy.accountants", "provenance.versions", "config.data.columns")
+_WHOLE = (
+    "privacy.groups",
+    "privacy.plan",
+    "privacy.accountants",
+    "provenance.versions",
+    "provenance.lock",
+    "config.data.columns",
+)
 
 
 @functools.cache
@@ -411,17 +418,8 @@ def code_version() -> str:
 
 
 NOT_NUMBERS = (
-    "report",
-    "cli.py",
-    "sweep.py",
-    "search.py",
-    "status.py",
-    "tracking.py",
-    "lease.py",
-    "sync.py",
-    "progress.py",
-    "watch.py",
-    "slurm.py",
+    *("report", "cli.py", "sweep.py", "search.py", "status.py", "tracking.py", "lease.py", "sync.py"),
+    *("progress.py", "watch.py", "slurm.py", "installation.py", "extras.py"),
 )
 """Parts of the package that only look at runs, or decide when they are done."""
 

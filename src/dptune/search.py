@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dptune.config import Config, ConfigError, is_public, local_key, noise_mode, run_id, strict
+from dptune.extras import check_extras
 from dptune.guarantee import make_plan
 from dptune.preparation import data_of
 from dptune.privacy.accounting import rounded_up
@@ -112,6 +113,7 @@ class Search:
         """
         first = self.candidates[0].config
         for config in (job.config for job in self.candidates):
+            check_extras(config)
             if not config.privacy.enabled:
                 raise ConfigError("a search with privacy=none has no epsilon: use a sweep without hydra/sweeper=random")
             if config.privacy.score_noise_multiplier is None:

@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dptune.config import ConfigError, TrackingConfig, strict
+from dptune.extras import require
 from dptune.lease import claimed
 from dptune.records import RECORD_FILE, RunFailed, read, write_atomically
 from dptune.report.commands import Request, selected, titled
@@ -49,6 +50,7 @@ def sync(arguments: Sequence[str]) -> None:
             "no W&B account is configured: set WANDB_API_KEY or run `wandb login`, "
             "or write files without one with tracking=wandb_offline"
         )
+    require("wandb", "dptune sync")
     request = Request.of([item for item in arguments if item not in ours])
     # The table of some runs of a sweep must not replace that of all.
     whole = all(item.startswith("compute.output_root=") for item in request.filters)

@@ -58,6 +58,7 @@ class AxesSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run what is missing; a run that fails does not stop the others."""
+        from dptune.extras import check_extras
         from dptune.progress import workers_of
         from dptune.records import RunFailed
         from dptune.watch import Watch
@@ -68,6 +69,8 @@ class AxesSweeper(Sweeper):
         print(f"{len(jobs)} runs: {len(jobs) - len(missing)} finished before, {len(missing)} to do", flush=True)
         if not missing:
             return []
+        for job in missing:
+            check_extras(job.config)
         with Watch(missing, len(jobs), workers_of(self.settings)) as watch:
             refused = self.launched(missing, _is_done, watch.say)
             watch.look()

@@ -1,7 +1,6 @@
 """The command line as a person uses it, in processes of its own."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import FRESH, dptune
 
 SMALL = [
     "data.train_size=120",
@@ -18,13 +18,6 @@ SMALL = [
     "hyperparameter.steps=2",
     "hyperparameter.expected_batch_size=12",
 ]
-
-
-def dptune(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from dptune.cli import main; main()", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
-    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +139,8 @@ def test_watching_ends_with_an_interrupt_and_well(tmp_path: Path) -> None:
 def test_a_sweep_over_processes(model_folder: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={model_folder}", "model.name=local", *SMALL]
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = dptune("-m", "sweeps=smoke", *launcher, *arguments, cwd=tmp_path)
+    command = [*FRESH, "-m", "sweeps=smoke", *launcher, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "outputs").glob("*/record.json"))) == 4
     # In a pipe: a line a run, counted to the end, and nothing that moves a cursor.

@@ -2,17 +2,21 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from test_resume import command, composed, config, folder_of, lines, rows, wait_for, weights
+from numerics import assert_close_to_largest
+from processes import Started, dptune
+from test_resume import arguments, command, composed, config, folder_of, lines, rows, wait_for, weights
 
 from dptune import records, run
 from dptune.config import Config, run_id
 from dptune.lease import holder
+
+pytestmark = pytest.mark.numerical
 
 __all__ = ["config"]
 
@@ -32,20 +36,28 @@ def one_process(config: Config, root: Path, *more: str) -> Path:
     return root / record.run_id
 
 
-def two_processes(config: Config, root: Path, *more: str) -> Path:
+def forked(config: Config, *more: str) -> list[Started]:
+    """Both ranks as torchrun starts them, without its own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [Started(arguments(config, *more), **shared, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+
+
+def two_processes(config: Config, root: Path, *more: str, by_torchrun: bool = False) -> Path:
     config.compute.output_root = str(root)
-    process = torchrun(config, *more)
-    said, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert said.count("accuracy") == 1
+    started = [torchrun(config, *more)] if by_torchrun else forked(config, *more)
+    ends = [process.communicate(timeout=300) for process in started]
+    assert {process.returncode for process in started} == {0}, ends
+    assert "".join(said for said, _ in ends).count("accuracy") == 1
     (path,) = root.glob("*/record.json")
     return path.parent
 
 
 def assert_equal_up_to_rounding(one: Path, two: Path) -> None:
-    first, second = weights(one), weights(two)
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+    # Released sums lie on a grid of a thousandth of the noise, of which another order of sums may take the next point.
+    assert_close_to_largest(weights(two), weights(one), rtol=2e-3)
     before, after = records.read(one), records.read(two)
     assert before is not None and after is not None and before.status == after.status == "done"
     assert before.privacy is not None and after.privacy is not None
@@ -67,7 +79,7 @@ def assert_equal_up_to_rounding(one: Path, two: Path) -> None:
 )
 def test_two_processes_equal_one(config: Config, tmp_path: Path, more: list[str]) -> None:
     one = one_process(config, tmp_path / "one", *more)
-    two = two_processes(config, tmp_path / "two", *more)
+    two = two_processes(config, tmp_path / "two", *more, by_torchrun="privacy=adaptive" in more)
     assert one.name == two.name
     assert_equal_up_to_rounding(one, two)
 
@@ -99,9 +111,8 @@ def test_a_process_that_dies_ends_the_others_with_its_traceback_in_the_log(confi
         "main(sys.argv[1:])"
     )
     config.compute.output_root = str(tmp_path)
-    arguments = command(config)
-    arguments[2] = program
-    done = subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=300)
+    ill = [*TORCHRUN, sys.executable, "-c", program, *arguments(config)]
+    done = subprocess.run(ill, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     (log,) = tmp_path.glob("*/run.log")
     assert "the second one is ill" in log.read_text()
@@ -110,12 +121,6 @@ def test_a_process_that_dies_ends_the_others_with_its_traceback_in_the_log(confi
 
 def test_a_sweep_takes_a_launcher_instead(config: Config, tmp_path: Path) -> None:
     config.compute.output_root = str(tmp_path)
-    done = subprocess.run(
-        command(config, "sweeps=smoke", "-m"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
-    )
+    done = dptune(*arguments(config, "sweeps=smoke", "-m"), WORLD_SIZE="2", RANK="0")
     assert done.returncode == 2 and "torchrun is for one run" in done.stderr
     assert run_id(config) and not folder_of(config).exists()

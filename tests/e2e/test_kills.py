@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_launchers import start, sweep
+from processes import FRESH
+from test_launchers import sweep
 from test_resume import assert_the_same_run, lines, wait_for
 
 from dptune import records
@@ -61,7 +62,7 @@ print(json.dumps({"kills": done, **seconds, "killed": round(time.monotonic() - b
 
 @pytest.mark.slow
 def test_a_sweep_killed_twenty_times_ends_as_if_it_had_not_been(model_folder: Path, tmp_path: Path) -> None:
-    arguments = sweep(model_folder, tmp_path / "x", "environment.seed=0,1", "privacy=uniform,adaptive,none")[3:]
+    arguments = sweep(model_folder, tmp_path / "x", "environment.seed=0,1", "privacy=uniform,adaptive,none")
     arguments = [item for item in arguments if not item.startswith("compute.output_root=")]
     arguments += ["hyperparameter.steps=100", "compute.checkpoint_every=5"]
     arguments.remove("hyperparameter.steps=30"), arguments.remove("compute.checkpoint_every=2")
@@ -84,9 +85,10 @@ def test_a_sweep_killed_twenty_times_ends_as_if_it_had_not_been(model_folder: Pa
 @pytest.mark.slow
 def test_a_killed_worker_does_not_stop_the_sweep(model_folder: Path, tmp_path: Path) -> None:
     more = ["environment.seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    whole = subprocess.run(sweep(model_folder, tmp_path / "whole", *more), capture_output=True, text=True)
+    whole = subprocess.run([*FRESH, *sweep(model_folder, tmp_path / "whole", *more)], capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
-    process = start(sweep(model_folder, tmp_path / "killed", *more))
+    command = [*FRESH, *sweep(model_folder, tmp_path / "killed", *more)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: any(lines(path) >= 5 for path in (tmp_path / "killed").glob("*/ledger.jsonl")))
     workers = [found for path in (tmp_path / "killed").glob("*/.claim.0") if (found := holder(path.parent))]
     os.kill(workers[0].pid, signal.SIGKILL)

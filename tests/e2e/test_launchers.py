@@ -3,40 +3,34 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from processes import Started, dptune
 from test_resume import lines, rows, wait_for
 
 from dptune import records
 from dptune.lease import holder
 from dptune.sweep import ROOT
 
-PROGRAM = "import sys\nfrom dptune.cli import main\nmain(sys.argv[1:])"
 STEPS = 30
 
 
 def sweep(model_folder: Path, root: Path, *more: str) -> list[str]:
     return [
-        *(sys.executable, "-c", PROGRAM, "-m", "sweeps=smoke", f"model.path={model_folder}", "model.name=local"),
+        *("-m", "sweeps=smoke", f"model.path={model_folder}", "model.name=local"),
         *("data.train_size=120", "data.validation_size=10", "data.test_size=20", "hyperparameter.rank=2"),
         *(f"hyperparameter.steps={STEPS}", "hyperparameter.expected_batch_size=12", "compute.checkpoint_every=2"),
         *(f"compute.output_root={root}", f"compute.cache_dir={root}/.cache", *more),
     ]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[str]]]:
+def processes() -> Iterator[list[Started]]:
     """Processes that are ended with the test."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Started] = []
     yield started
     for process in started:
         if process.poll() is None:
@@ -58,24 +52,22 @@ def assert_done_once(root: Path, runs: int) -> None:
 
 
 def test_the_same_sweep_twice_at_once_does_every_run_once(
-    model_folder: Path, tmp_path: Path, processes: list[subprocess.Popen[str]]
+    model_folder: Path, tmp_path: Path, processes: list[Started]
 ) -> None:
     command = sweep(model_folder, tmp_path, "environment.seed=0,1")
-    processes += [start(command), start(command)]
+    processes += [Started(command), Started(command)]
     said = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert_done_once(tmp_path, 4)
     results = [line for out, _ in said for line in out.splitlines() if "accuracy" in line]
     assert len(results) >= 4
-    again = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    again = dptune(*command)
     assert "4 runs: 4 finished before, 0 to do" in again.stdout
 
 
-def test_a_sweep_on_submitit_survives_preemption(
-    model_folder: Path, tmp_path: Path, processes: list[subprocess.Popen[str]]
-) -> None:
+def test_a_sweep_on_submitit_survives_preemption(model_folder: Path, tmp_path: Path, processes: list[Started]) -> None:
     more = ["environment.seed=0", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "privacy=uniform"]
-    processes.append(start(sweep(model_folder, tmp_path, *more, "hyperparameter.steps=100")))
+    processes.append(Started(sweep(model_folder, tmp_path, *more, "hyperparameter.steps=100")))
     wait_for(lambda: any(lines(path) >= 5 for path in tmp_path.glob("*/ledger.jsonl")))
     (folder,) = (path.parent for path in tmp_path.glob("*/ledger.jsonl"))
     running = holder(folder)
@@ -97,11 +89,11 @@ def test_what_is_left_out_is_said(model_folder: Path, tmp_path: Path) -> None:
     from dptune.sweep import load
 
     command = sweep(model_folder, tmp_path, "environment.seed=0", "privacy=uniform")
-    (job,) = load("smoke", [item for item in command[4:] if "=" in item and not item.startswith("sweeps=")])
+    (job,) = load("smoke", [item for item in command if "=" in item and not item.startswith("sweeps=")])
     folder = tmp_path / job.run_id
     folder.mkdir()
     (folder / ".claim.0").write_text(json.dumps(dataclasses.asdict(Holder("node7", 12, "today", "node7 x y", "1"))))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = dptune(*command)
     assert done.returncode == 0 and "1 runs are being done by other processes" in done.stdout, done.stderr
     assert f"left out: run {job.run_id} is being done by process 12 on node7 since today" in done.stdout
     assert not (folder / "record.json").exists()

@@ -13,8 +13,10 @@ DATA = Path(os.environ.get("DPTUNE_DATA", ROOT.parent / "shared" / "data"))
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not MODEL.exists(), reason="no pretrained model: `make smollm2`, or set DPTUNE_MODEL"),
-    pytest.mark.skipif(not list(DATA.glob("*sst2*")), reason="no file with sst2 in its name in DPTUNE_DATA"),
+    pytest.mark.skipif(not MODEL.exists(), reason="needs a pretrained model: make smollm2, or set DPTUNE_MODEL"),
+    pytest.mark.skipif(
+        not list(DATA.glob("*sst2*")), reason="needs the shared data: a folder with an sst2 file, named by DPTUNE_DATA"
+    ),
 ]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from processes import Started, dptune
 
 from dptune import preparation, records, run, tracking
 from dptune.config import Config, run_id, strict
 from dptune.lease import holder
 from dptune.sweep import ROOT, without_hydra
 from dptune.training import checkpoint
+
+pytestmark = pytest.mark.numerical
 
 STEPS = 6
 
@@ -311,7 +313,7 @@ def test_a_disk_that_is_really_full_loses_no_finished_record(config: Config, siz
 def test_a_folder_that_cannot_be_written_is_one_line(config: Config, tmp_path: Path) -> None:
     config.compute.output_root = str(tmp_path / "file")
     (tmp_path / "file").touch()
-    done = subprocess.run(command(config), capture_output=True, text=True, timeout=100)
+    done = dptune(*arguments(config))
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "File exists" in done.stderr and str(tmp_path / "file") in done.stderr
 
@@ -324,8 +326,8 @@ main(sys.argv[1:])
 """
 
 
-def command(config: Config, *more: str) -> list[str]:
-    arguments = [
+def arguments(config: Config, *more: str) -> list[str]:
+    own = [
         f"{group}.{name}={'null' if value is None else value}"
         for group, names in {
             "model": ("name", "path"),
@@ -336,13 +338,17 @@ def command(config: Config, *more: str) -> list[str]:
         for name in names
         for value in [getattr(getattr(config, group), name)]
     ]
-    return [sys.executable, "-c", PROGRAM, *arguments, *more]
+    return [*own, *more]
+
+
+def command(config: Config, *more: str) -> list[str]:
+    return [sys.executable, "-c", PROGRAM, *arguments(config, *more)]
 
 
 def composed(config: Config, *more: str) -> Config:
-    """The config that `command` runs."""
+    """The config that these arguments mean."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return strict(without_hydra(compose("config", command(config, *more)[3:])))
+        return strict(without_hydra(compose("config", arguments(config, *more))))
 
 
 def wait_for(condition: Any, seconds: float = 120) -> None:
@@ -364,7 +370,7 @@ def test_a_process_that_is_killed_or_stopped_is_gone_on_for(config: Config, tmp_
     config.compute.output_root = str(tmp_path / "killed")
     two = folder_of(config)
     for rows_begun, how in ((10, signal.SIGKILL), (25, signal.SIGINT), (40, signal.SIGTERM)):
-        process = subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = Started(arguments(config))
         wait_for(lambda begun=rows_begun: lines(two / "ledger.jsonl") >= begun)
         process.send_signal(how)
         _, said = process.communicate(timeout=60)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backbones_for_tests import seeded
+from numerics import assert_close_to_largest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +26,8 @@ from dptune.data.sources import Dataset, load
 from dptune.evaluation import judge, summarise
 from dptune.models import adapters, backbones
 from dptune.privacy.plan import PrivacyPlan
+
+pytestmark = pytest.mark.numerical
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,7 +57,8 @@ def test_a_private_run_leaves_a_whole_record(config: Config) -> None:
     assert [row["step"] for row in history] == [1, 2, 3] and history[-1]["epsilon"] == privacy.epsilon
     assert "noise multiplier" in (folder / "run.log").read_text()
     progress = [line for line in lines if line.startswith("step 3/3")]
-    assert "examples/s" in progress[0] and "of 8" in progress[0] and "s left" in progress[0]
+    assert "examples/s" in progress[0] and "of 8" in progress[0]
+    assert any(line.startswith("step 2/3") and line.endswith("s left") for line in lines)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT 0.21 reads it
@@ -105,8 +110,8 @@ def test_a_finished_run_is_not_done_again_unless_forced(config: Config) -> None:
     config.compute.physical_batch_size = 7
     again = run.run(config)
     assert again.run_id == first.run_id and (folder / "record.json").stat().st_mtime_ns > before
-    for name, value in weights(folder).items():
-        torch.testing.assert_close(value, adapter[name], atol=1e-4, rtol=1e-3)
+    # Released sums lie on a grid of a thousandth of the noise, of which another order of sums may take the next point.
+    assert_close_to_largest(weights(folder), adapter, rtol=2e-3)
 
 
 def test_the_same_seed_is_bit_equal_and_another_is_not(config: Config, tmp_path: Path) -> None:
@@ -450,33 +455,28 @@ def test_a_device_that_is_not_there_is_named(config: Config, device: str) -> Non
     assert "\n" not in str(caught.value) and not Path(config.compute.output_root).exists()
 
 
-def small(kind: str):
-    """A random model of another architecture."""
-    import transformers as t
-
-    size = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2}
-    if kind == "gpt2":
-        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=300, n_positions=128, n_embd=16, n_layer=2, n_head=2))
-    if kind == "qwen2":
-        config = t.Qwen2Config(**size, **heads, num_key_value_heads=1, tie_word_embeddings=True)
-        return t.Qwen2ForCausalLM(config)
-    if kind in ("qwen3", "olmo2"):
-        config = {"qwen3": t.Qwen3Config, "olmo2": t.Olmo2Config}[kind](**size, **heads, num_key_value_heads=1)
-        return {"qwen3": t.Qwen3ForCausalLM, "olmo2": t.Olmo2ForCausalLM}[kind](config)
-    if kind == "gpt_neox":
-        return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**size, **heads))
-    if kind == "bert":
-        return t.BertForMaskedLM(t.BertConfig(**size, **heads))
-    return t.T5ForConditionalGeneration(
-        t.T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    )
+SIZE = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {
+    "gpt2": lambda: seeded("GPT2LMHeadModel", 0, vocab_size=300, n_positions=128, n_embd=16, n_layer=2, n_head=2),
+    "qwen2": lambda: seeded("Qwen2ForCausalLM", 0, **SIZE, num_key_value_heads=1, tie_word_embeddings=True),
+    "qwen3": lambda: seeded("Qwen3ForCausalLM", 0, **SIZE, num_key_value_heads=1),
+    "olmo2": lambda: seeded("Olmo2ForCausalLM", 0, **SIZE, num_key_value_heads=1),
+    "gpt_neox": lambda: seeded("GPTNeoXForCausalLM", 0, **SIZE),
+    "bert": lambda: seeded("BertForMaskedLM", 0, **SIZE),
+    "t5": lambda: seeded(
+        "T5ForConditionalGeneration",
+        0,
+        **{"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
+        decoder_start_token_id=0,
+    ),
+}
+"""Random models of other architectures, with the special tokens that their configs have by themselves."""
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "qwen3", "olmo2", "gpt_neox"])
 def test_other_causal_models_are_trained_privately(kind: str, config: Config, tokenizer, tmp_path: Path) -> None:
     """Each passes the check of its engine against the loop, or training would have been refused."""
-    small(kind).save_pretrained(tmp_path / kind)
+    SMALL[kind]().save_pretrained(tmp_path / kind)
     tokenizer.save_pretrained(tmp_path / kind)
     config.model.path = str(tmp_path / kind)
     record = run.run(config)
@@ -485,10 +485,7 @@ def test_other_causal_models_are_trained_privately(kind: str, config: Config, to
 
 def test_a_model_that_reads_ahead_is_no_decoder(config: Config, tokenizer, tmp_path: Path) -> None:
     """It says that it is one, as converted encoders do."""
-    import transformers as t
-
-    size = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    model = t.BertLMHeadModel(t.BertConfig(**size, num_attention_heads=2, is_decoder=False))
+    model = seeded("BertLMHeadModel", 0, **SIZE, is_decoder=False)
     model.save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     config.model.path = str(tmp_path / "bert")
@@ -503,7 +500,7 @@ def test_encoders_and_encoder_decoders_are_trained_privately(
 ) -> None:
     reader = copy.deepcopy(tokenizer)
     reader.add_special_tokens({"mask_token": "<unk>", "cls_token": "<eos>"})
-    small(kind).save_pretrained(tmp_path / kind)
+    SMALL[kind]().save_pretrained(tmp_path / kind)
     reader.save_pretrained(tmp_path / kind)
     config.model.path = str(tmp_path / kind)
     if kind == "bert":
@@ -591,7 +588,7 @@ def test_a_chat_template_that_is_not_there_is_named(config: Config) -> None:
 def test_what_a_checkpoint_says_of_sampling_is_left_out(config: Config, tokenizer, tmp_path: Path) -> None:
     import transformers as t
 
-    model = small("qwen2")
+    model = SMALL["qwen2"]()
     model.generation_config = t.GenerationConfig(do_sample=True, temperature=0.5, repetition_penalty=1.5)
     model.save_pretrained(tmp_path / "qwen2")
     tokenizer.save_pretrained(tmp_path / "qwen2")

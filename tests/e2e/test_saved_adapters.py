@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dptune import run
 from dptune.config import Config
 from dptune.data.sources import load
 from dptune.models import adapters
+
+pytestmark = pytest.mark.numerical
 
 OURS = {"houlsby", "pfeiffer", "parallel", "bitfit", "head", "full", "pst"}
 """Kinds that PEFT 0.21 does not have."""
@@ -53,6 +57,7 @@ print(json.dumps(result))
 
 def test_a_fresh_process_gets_the_recorded_accuracy(config: Config, model_folder: Path) -> None:
     records = {}
+    config.data.test_size = 16  # every option of each is scored by itself, for every kind
     for kind in sorted(adapters.KINDS, key=OURS.__contains__):  # what needs no dptune first
         config.adapter.name, config.adapter.virtual_tokens = kind, 3
         # A strong update, so that the adapter decides the answers.

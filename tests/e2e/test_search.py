@@ -5,14 +5,14 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_launchers import start, sweep
+from processes import Started, dptune
+from test_launchers import sweep
 from test_resume import lines, wait_for
 
 from dptune import records, run, status
@@ -28,6 +28,8 @@ from dptune.report.procedure import procedures
 from dptune.report.results import load as results
 from dptune.search import DRAW_FILE, SECRET_FOLDER, Search, trial_is_done
 from dptune.sweep import ROOT, Job, load
+
+pytestmark = pytest.mark.numerical
 
 
 def with_values(config: Config, **values: dict[str, Any]) -> Config:
@@ -291,18 +293,18 @@ def test_an_interrupted_search_goes_on_to_the_same_result_and_is_done_once(model
         root = tmp_path / name
         command = sweep(model_folder, root, "hydra.sweeper.mean=2", "compute.checkpoint_every=1")
         command[command.index("sweeps=smoke")] = "sweeps=tune"
-        (job,) = load("tune", command[5:])
+        (job,) = load("tune", command[2:])
         secret = root / SECRET_FOLDER / job.run_id
         secret.mkdir(parents=True)
         drawn = {"begun": "2026-01-01T00:00:00+00:00", "candidates": [3, 7], "seeds": [21, 22]}
         (secret / DRAW_FILE).write_text(json.dumps(drawn))
         if name == "killed":
-            process = start(command)
+            process = Started(command)
             wait_for(partial(has_begun, secret / "1"))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             assert not (root / job.run_id).exists()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        done = dptune(*command)
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.replace(str(root), "").rpartition("parameters trained")[0])
         assert done.stdout.count("accuracy") == 1 and "NON-PRIVATE: keep" in done.stdout
@@ -313,6 +315,6 @@ def test_an_interrupted_search_goes_on_to_the_same_result_and_is_done_once(model
     assert sum("going on after step" in log for log in logs) == 1
     written = (second / "record.json").stat().st_mtime_ns
     shutil.rmtree(secret)
-    again = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    again = dptune(*command)
     assert again.stdout == f"search {job.run_id} is finished: {second}\n"
     assert (second / "record.json").stat().st_mtime_ns == written and not secret.exists()

@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import assert_close_to_largest
 
 from dptune.privacy.allocation import AllocationState, Group, PrecisionError, lora_group_weights
 from dptune.privacy.clipping import MARGIN, ClippedSum, Sensitivity
 from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import Allocation, Clipping, PrivacyPlan, QuantileTracking, Schedule
 from dptune.privacy.streams import KeyRing
+
+pytestmark = pytest.mark.numerical
 
 GROUPS = (
     Group("x", ("x.a", "x.b"), 8, ((2, 3), (2,))),
@@ -66,6 +69,13 @@ def flat(gradients):
     return torch.cat([gradients[name].double().flatten() for name in PARAMETERS]).numpy()
 
 
+def assert_same_up_to_the_grid(found, expected):
+    """Sums of another order may end on the next point of the public grid, at most a thousandth of the noise away."""
+    assert found.noise_std == pytest.approx(expected.noise_std)
+    stds = np.repeat([expected.noise_std[g.name] for g in GROUPS], [g.dimension for g in GROUPS])
+    assert (np.abs(flat(found.gradients) - flat(expected.gradients)) / stds).max() <= 2**-10 * 1.01
+
+
 def run(plan, batches, keys=KEYS, groups=GROUPS):
     mechanism = Mechanism(plan, groups, keys)
     releases = []
@@ -112,7 +122,8 @@ def test_the_sum_is_divided_by_the_declared_batch_size():
         assert gradients[name].shape == torch.Size(shape)
         assert gradients[name].dtype == torch.float32
         signal = gradients[name] - noise[name]
-        assert signal.numpy() == pytest.approx(MARGIN * 2.5 / 20, abs=0.02)
+        # Two releases with noise of 100 in the sum, each on a grid of at most a thousandth of it.
+        assert float((signal - MARGIN * 2.5 / 20).abs().max()) <= 100 / 1024 / 20 * 1.01
     everything = flat(gradients) - flat(noise)
     assert everything.mean() == pytest.approx(MARGIN * 2.5 / 20, rel=0.01)
 
@@ -134,7 +145,7 @@ def test_physical_batches_do_not_matter(cuts, case):
         mechanism.accumulate(rows_of(batch, slice(start, start + cut)))
         start = min(9, start + cut)
     parts = mechanism.release(0)
-    assert flat(parts.gradients) == pytest.approx(flat(whole.gradients), abs=1e-4)
+    assert_same_up_to_the_grid(parts, whole)
     assert parts.telemetry == pytest.approx(whole.telemetry)
 
 
@@ -158,7 +169,7 @@ def test_ranks_share_one_noise():
         copy.deepcopy(rank).release(0, all_reduce=lambda packed: parts.append(packed.clone()))
     for rank in ranks:
         release = rank.release(0, all_reduce=lambda packed: packed.copy_(parts[0] + parts[1]))
-        assert flat(release.gradients) == pytest.approx(flat(expected.gradients), abs=1e-6)
+        assert_same_up_to_the_grid(release, expected)
         assert release.telemetry == pytest.approx(expected.telemetry)
         assert rank.state.thresholds == pytest.approx(alone.state.thresholds)
 
@@ -168,7 +179,7 @@ def test_without_privacy_the_same_loop_is_exact():
     batch = batch_of(7, scale=100.0)
     mechanism, releases = run(plan, [batch, None])
     for name, value in batch.items():
-        assert releases[0].gradients[name].numpy() == pytest.approx(value.double().sum(dim=0).numpy() / 20, rel=1e-6)
+        assert_close_to_largest(releases[0].gradients[name], value.double().sum(dim=0) / 20)
         assert bool((releases[1].gradients[name] == 0.0).all())
     assert not releases[0].private
     assert releases[0].effective_noise_multiplier == 0.0
@@ -274,7 +285,7 @@ def test_users_are_averaged_and_kept_together():
     release = mechanism.release(0)
     means = {n: torch.stack([v[users == u].double().mean(dim=0) for u in (0, 1)]) for n, v in batch.items()}
     expected = run(plan_of("group"), [means])[1][0]
-    assert flat(release.gradients) == pytest.approx(flat(expected.gradients), abs=1e-6)
+    assert_same_up_to_the_grid(release, expected)
     assert release.telemetry["NON_PRIVATE/batch_size"] == 2.0
     mechanism.accumulate(batch, users)  # the next step may see the same users again
     assert mechanism.release(1).telemetry["NON_PRIVATE/batch_size"] == 2.0

@@ -12,6 +12,8 @@ from dptune.privacy.mechanism import Mechanism, round_to_grid
 from dptune.privacy.plan import Allocation, Clipping, PrivacyPlan, QuantileTracking
 from dptune.privacy.streams import KeyRing, Purpose
 
+pytestmark = pytest.mark.numerical
+
 GROUPS = (Group("a", ("a",), 64), Group("b", ("b.0", "b.1"), 512, ((16, 16), (256,))), Group("c", ("c",), 64))
 STEPS, SIGMA, CLIP, BATCH = 12, 0.7, 2.0, 30.0
 

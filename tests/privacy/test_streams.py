@@ -11,6 +11,8 @@ from scipy import stats
 
 from dptune.privacy.streams import KeyRing, Purpose
 
+pytestmark = pytest.mark.numerical
+
 KEYS = KeyRing.reproducible(7, "run")
 
 

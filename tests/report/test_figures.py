@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 from report.planted import compare, config, plant
 
-from dptune.report.figures import FIGURES, all_figures, write
 from dptune.report.results import Results, load
+
+pytest.importorskip("altair", reason="make setup EXTRAS=report, or make test")
+
+from dptune.report.figures import FIGURES, all_figures, write
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import os
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from dptune.records import collect
 from dptune.sweep import ROOT
+
+nbformat = pytest.importorskip("nbformat", reason="make setup EXTRAS=notebooks, or make test")
 
 ANALYSIS = ROOT / "analysis"
 NOTEBOOKS = sorted(ANALYSIS.glob("*.ipynb"))
@@ -42,10 +42,12 @@ def test_a_notebook_is_thin_and_stripped(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # Jupyter's own.
-def test_a_notebook_runs_on_the_sample(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs_on_the_sample(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DPTUNE_RECORDS", str(ANALYSIS / "sample"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("IPYTHONDIR", str(Path(os.environ.get("TMPDIR", "/tmp")) / "dptune-ipython"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": ANALYSIS}}).execute()
     shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])

@@ -11,10 +11,12 @@ from report.planted import compare, config, plant
 
 from dptune.cli import main
 
+pytest.importorskip("vl_convert", reason="make setup EXTRAS=report, or make test")
+
 CHROMIUM = next(
     (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), ""
 )
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")

@@ -250,6 +250,7 @@ def test_a_wrong_setting_is_one_line(
 
 
 def test_offline_files_are_written_once(records: list[RunRecord], tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="make setup EXTRAS=wandb, or make test")
     for _ in range(2):
         assert sync(tmp_path, "tracking=wandb_offline") == 0
         assert len(list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))) == 3

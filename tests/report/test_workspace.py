@@ -16,6 +16,8 @@ from dptune.sweep import ROOT
 from dptune.sync import SWEEP_TABLE
 from dptune.tracking import TASK_TABLE, summary
 
+pytest.importorskip("wandb_workspaces", reason="make setup EXTRAS=workspace, or make test")
+
 SAMPLE = ROOT / "analysis" / "sample"
 
 

@@ -13,10 +13,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "config": set(),
     "records": {"config"},
+    "installation": set(),
+    "extras": {"config"},
     "lease": set(),
     "privacy": set(),
-    "data": {"config"},
-    "models": {"config", "records", "data"},
+    "data": {"config", "extras"},
+    "models": {"config", "records", "data", "extras"},
     "tracking": {"config", "records"},
     "training": {"config", "records", "data", "models", "privacy"},
     "text_metrics": set(),
@@ -25,21 +27,24 @@ ALLOWED = {
     "progress": {"records"},
     "watch": {"records", "lease", "sweep", "guarantee", "progress", "status"},
     "status": {"records", "lease", "sweep"},
-    "report": {"config", "records", "sweep", "privacy"},
+    "report": {"config", "records", "sweep", "privacy", "extras"},
     "guarantee": {"config", "records", "data", "privacy"},
-    "preparation": {"config", "records", "data", "models", "privacy", "guarantee"},
-    "provenance": {"config", "records", "preparation"},
+    "preparation": {"config", "records", "data", "models", "privacy", "guarantee", "extras", "text_metrics"},
+    "provenance": {"config", "records", "preparation", "installation"},
     "run": {
         *("config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"),
         *("guarantee", "preparation", "provenance", "text_metrics", "progress"),
     },
-    "search": {"config", "records", "privacy", "sweep", "guarantee", "preparation", "run", "progress"},
-    "sync": {"config", "records", "lease", "tracking", "report"},
+    "search": {"config", "records", "extras", "privacy", "sweep", "guarantee", "preparation", "run", "progress"},
+    "sync": {"config", "records", "lease", "tracking", "report", "extras"},
     "slurm": set(),
     "pretraining": {"config", "data", "models", "evaluation"},
-    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "progress", "watch"},
+    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "extras", "progress", "watch"},
 }
-LIGHT = ["config", "records", "lease", "sweep", "status", "guarantee", "report", "sync", "progress", "watch", "slurm"]
+LIGHT = [
+    *("config", "extras", "installation", "records", "lease", "sweep", "status", "guarantee", "report", "sync"),
+    *("progress", "watch", "slurm"),
+]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from backbones_for_tests import tiny_llama
+from numerics import assert_close_to_largest, differs
 
 from dptune.config import AdapterConfig, EnvironmentConfig, HyperparameterConfig
 from dptune.data.batches import Layout, collate, example_losses
@@ -19,6 +20,8 @@ from dptune.privacy.streams import KeyRing, Purpose
 from dptune.training.loop import train
 from dptune.training.optimizers import IterateAverage, learning_rate_factor, make_optimizer, update
 from dptune.training.projection import FullSpace, HistorySubspace
+
+pytestmark = pytest.mark.numerical
 
 HYPER = HyperparameterConfig(
     learning_rate=0.05,
@@ -123,22 +126,27 @@ def run_by_hand(plan, tokenizer, optimizer: str):
     return parameters
 
 
+def assert_moved_alike(found, expected, tokenizer) -> None:
+    """Relative to how far the weights went: released sums lie on a grid of a thousandth of the noise, and Adam divides
+    by a second moment, so that rounding of a tiny gradient, or its place on the grid, is a part of a whole step."""
+    start = adapters.trainable(model_and_rows(tokenizer)[0])
+    moves = [{name: value.detach() - start[name].detach() for name, value in of.items()} for of in (found, expected)]
+    assert_close_to_largest(*moves, rtol=5e-3)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("plan", [PLAN, OPEN], ids=["private", "non-private"])
 def test_training_equals_the_plain_loop(plan, optimizer: str, tokenizer) -> None:
     shared, _ = run_shared(plan, tokenizer, optimizer=optimizer)
     by_hand = run_by_hand(plan, tokenizer, optimizer)
-    for name, value in by_hand.items():
-        # Adam divides by a second moment: where the gradient is tiny, rounding of it shows.
-        torch.testing.assert_close(shared[name], value, atol=5e-4, rtol=1e-3)
+    assert_moved_alike(shared, by_hand, tokenizer)
 
 
 def test_physical_batches_and_engines_do_not_change_the_result(tokenizer) -> None:
     reference, _ = run_shared(PLAN, tokenizer, physical=3)
     for engine, physical in (("opacus", 1), ("opacus", 50), ("loop", 4)):
         other, _ = run_shared(PLAN, tokenizer, engine=engine, physical=physical)
-        for name, value in reference.items():
-            torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-3)
+        assert_moved_alike(other, reference, tokenizer)
 
 
 def test_the_same_run_twice_is_bit_equal(tokenizer) -> None:
@@ -222,7 +230,7 @@ def test_the_average_of_the_weights_is_kept(tokenizer) -> None:
     assert weight.item() == pytest.approx((0.125 * 1 + 0.25 * 2 + 0.5 * 4) / 0.875)
     last, _ = run_shared(PLAN, tokenizer)
     averaged, _ = run_shared(PLAN, tokenizer, iterate_ema=0.5)
-    assert any(not torch.allclose(last[name], averaged[name]) for name in last)
+    assert any(differs(last[name], averaged[name]) for name in last)
 
 
 @pytest.mark.parametrize("shrinkage", ["james_stein", "singular_value"])
@@ -246,9 +254,10 @@ def test_a_history_subspace_keeps_what_was_released_and_explores() -> None:
         assert subspace.subspace is first
         subspace.after_step(step, {"w": value})
     basis = subspace.subspace.bases[0]
-    assert basis.shape == (30, 4) and torch.allclose(basis.T @ basis, torch.eye(4, dtype=torch.float64), atol=1e-9)
+    assert basis.shape == (30, 4)
+    assert_close_to_largest(basis.T @ basis, torch.eye(4, dtype=torch.float64))
     for value in released:
         # Both past releases lie in the new subspace, which has two more directions.
         kept = basis @ (basis.T @ value.flatten().double())
-        torch.testing.assert_close(kept, value.flatten().double(), atol=1e-6, rtol=1e-6)
+        assert_close_to_largest(kept, value.flatten())
     assert subspace.lift(subspace.project({"w": value[None]}) and {"w": torch.zeros(4)})["w"].shape == (6, 5)

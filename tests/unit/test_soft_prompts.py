@@ -3,6 +3,7 @@
 import pytest
 import torch
 from backbones_for_tests import tiny_llama
+from numerics import assert_close_to_largest
 from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from dptune.data.batches import Layout, collate, example_losses, token_log_probabilities
@@ -13,6 +14,8 @@ from dptune.models.soft_prompts import attach_soft_prompt
 from dptune.preparation import made_up_rows
 from dptune.privacy.engines import ENGINES, checked_engine
 from dptune.privacy.gradients import EngineError, trained
+
+pytestmark = pytest.mark.numerical
 
 LAYOUT = Layout(pad=0)
 PAIRS = [(prompt("which team ?", "reset my code"), "support"), ("x", "no"), (prompt("is it late ?", "kim 12"), "yes")]
@@ -52,10 +55,7 @@ def test_every_engine_gives_each_record_its_own_gradient(kind: str, engine: str,
     expected = [alone(oracle, pair, tokenizer) for pair in PAIRS]
     made = ENGINES[engine](attached(kind), example_losses)
     _, found = made(collate(encode(PAIRS, tokenizer, 64), LAYOUT))
-    assert found.keys() == expected[0].keys()
-    for name, rows in found.items():
-        for row, right in zip(rows, expected, strict=True):
-            torch.testing.assert_close(row, right[name], atol=1e-6, rtol=1e-4)
+    assert_close_to_largest(found, {name: torch.stack([right[name] for right in expected]) for name in expected[0]})
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -70,7 +70,7 @@ def test_opacus_on_pefts_own_forward_pass_has_one_row_for_all_records(tokenizer)
     forgetful(wrapped, collate(encode(PAIRS, tokenizer, 64), LAYOUT)).sum().backward()
     (parameter,) = trained(model).values()
     assert parameter.grad_sample.shape[0] == 1 != len(PAIRS)
-    torch.testing.assert_close(parameter.grad_sample[0], parameter.grad)
+    assert_close_to_largest(parameter.grad_sample[0], parameter.grad)
     with pytest.raises(EngineError, match=r"shape \(1, 4, 16\)"):
         ENGINES["opacus"](attached("prompt", get_peft_model), forgetful)(collate(encode(PAIRS, tokenizer, 64), LAYOUT))
 
@@ -96,7 +96,7 @@ def test_peft_alone_opens_what_was_saved(kind: str, tokenizer, tmp_path) -> None
         tokens = torch.tensor([row.tokens])
         logits = opened(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0].log_softmax(dim=-1)
         found = sum(logits[at - 1, row.tokens[at]] for at in range(-row.response, 0))
-        assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+        assert_close_to_largest(found, expected)
 
 
 def test_generation_does_not_depend_on_padding(tokenizer) -> None:

@@ -426,7 +426,7 @@ SAVED: dict[str, tuple[dict[str, Any], Example]] = {
 @pytest.mark.parametrize("name", SAVED)
 def test_a_preset_of_the_hub_reads_what_was_saved_to_disk(name: str, tmp_path: Path) -> None:
     """Rows with the fields that the data set has on the Hub, saved by its own library."""
-    datasets = pytest.importorskip("datasets", reason="the extra hub is not installed")
+    datasets = pytest.importorskip("datasets", reason="needs the extra hub: pip install 'dptune[hub]'")
     row, expected = SAVED[name]
     made = {split: datasets.Dataset.from_list([row] * 2) for split in ("train", "test", "validation")}
     if name == "glue_mnli":
@@ -440,7 +440,7 @@ def test_a_preset_of_the_hub_reads_what_was_saved_to_disk(name: str, tmp_path: P
 
 
 def test_a_saved_data_set_of_one_split_is_split_here(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="the extra hub is not installed")
+    datasets = pytest.importorskip("datasets", reason="needs the extra hub: pip install 'dptune[hub]'")
     datasets.Dataset.from_list(trees()).save_to_disk(tmp_path / "saved")
     data = sources.load(preset("oasst1", f"data.path={tmp_path / 'saved'}"))
     users = [{item.user for item in split} for split in (data.train, data.test)]
@@ -451,7 +451,7 @@ def test_a_saved_data_set_of_one_split_is_split_here(tmp_path: Path) -> None:
 
 
 def test_a_name_of_the_hub_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="the extra hub is not installed")
+    pytest.importorskip("datasets", reason="needs the extra hub: pip install 'dptune[hub]'")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(DataError, match="data.hub_id=databricks/databricks-dolly-15k cannot be read from the Hub") as e:
@@ -466,7 +466,7 @@ def test_a_missing_package_is_named_with_its_extra(
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, package, None)
     extra = [f"data.path={tmp_path / 'x.parquet'}"] if name == "files" else []
-    with pytest.raises(DataError, match=r"needs the extra `hub`: pip install 'dptune\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"needs the extra `hub`: pip install 'dptune\[hub\]'"):
         sources.load(preset(name, *extra))
 
 
@@ -498,7 +498,7 @@ def test_reading_does_not_take_the_memory_of_the_file(kind: str, tmp_path: Path)
             yield {"instruction": "repeat it", "input": f"{index} " + f"{index:06}" * 160, "output": "yes"}
 
     if kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow", reason="the extra hub is not installed")
+        pyarrow = pytest.importorskip("pyarrow", reason="needs the extra hub: pip install 'dptune[hub]'")
         from pyarrow import parquet
 
         table = pyarrow.Table.from_pylist(list(made()))
@@ -525,7 +525,7 @@ def test_reading_does_not_take_the_memory_of_the_file(kind: str, tmp_path: Path)
 REAL = Path(__file__).parents[3] / "shared" / "data"
 
 # The data is not part of the repository: its licences differ and it is large.
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the real instruction data is not beside the repository")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the shared data: a folder shared/data beside the repository")
 
 
 @real

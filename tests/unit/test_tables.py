@@ -301,6 +301,7 @@ def test_a_table_of_all_dimensions_names_its_rows_floor_and_ceiling(tmp_path: Pa
 
 
 def test_a_sweep_of_a_folder_is_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("great_tables", reason="make setup EXTRAS=report, or make test")
     name, seed = "environment/sequence_length", "environment.seed=0"
     for job in jobs_of(name, [f"compute.output_root={tmp_path}", seed]):
         finish(job, 0.8, tmp_path, name)

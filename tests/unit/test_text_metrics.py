@@ -6,6 +6,9 @@ import pytest
 
 from dptune.text_metrics import Written, bleu, by_task, rouge_l
 
+pytest.importorskip("sacrebleu", reason="make setup EXTRAS=text, or make test")
+pytest.importorskip("rouge_score", reason="make setup EXTRAS=text, or make test")
+
 MAT = "the cat sat on the mat"
 
 

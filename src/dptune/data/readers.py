@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dptune.config import ConfigError, DataConfig, data_files, split_names
+from dptune.extras import require
 
 
 class DataError(ConfigError):
@@ -185,11 +186,10 @@ def _csv(path: Path) -> Items:
 
 
 def _parquet(path: Path) -> Items:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(f"{path}: Parquet needs the extra `hub`: pip install 'dptune[hub]'") from None
+    require("hub", f"data.path={path}")
+    import pyarrow
+    from pyarrow import parquet
+
     number = 0
     try:
         # Pre-buffering would read all row groups ahead.
@@ -233,10 +233,9 @@ def _saved(path: str) -> Iterator[Part]:
 
 
 def _datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{what} needs the extra `hub`: pip install 'dptune[hub]'") from None
+    require("hub", what)
+    import datasets
+
     return datasets
 
 

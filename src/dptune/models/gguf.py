@@ -1,7 +1,6 @@
 """Backbones from GGUF files, the format of llama.cpp: dequantised once, then read like any other folder."""
 
 import importlib.metadata
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dptune.config import ConfigError, content_hash
+from dptune.extras import require
 from dptune.models.cache import made_once
 
 
@@ -30,8 +30,7 @@ def load_gguf(path: Path, cache_dir: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"model.path={path} needs the extra `gguf`: pip install 'dptune[gguf]'")
+    require("gguf", f"model.path={path}")
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": path.parent,
         "gguf_file": path.name,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dptune.config import ConfigError
+from dptune.extras import require
 from dptune.report.render import file_name, markdown, write
 from dptune.report.results import HOW_TO_MAKE_SOME, Results, filtered, load, of_sweep
 from dptune.report.tables import Table, comparison_table, cost_table, main_table, run_table, task_table
@@ -62,6 +63,7 @@ def table(arguments: Sequence[str]) -> None:
 
 def tables(arguments: Sequence[str]) -> None:
     """Print the main tables and write all of them as CSV, LaTeX and HTML."""
+    require("report", "dptune tables")
     request = Request.of(arguments, [WIDE])
     for name, results in selected(request):
         made = all_tables(name, results)
@@ -148,6 +150,7 @@ def warn(results: Results) -> None:
 
 def claims(arguments: Sequence[str]) -> None:
     """Print what the records say of each claim, and write it as CSV, LaTeX and HTML."""
+    require("report", "dptune claims")
     from dptune.report.claims import claims as examined
     from dptune.report.claims import claims_table
 
@@ -169,6 +172,7 @@ def claims(arguments: Sequence[str]) -> None:
 
 def figures(arguments: Sequence[str]) -> None:
     """Write every figure of each sweep as SVG and PNG."""
+    require("report", "dptune figures")
     from dptune.report.figures import all_figures
     from dptune.report.figures import write as save
 
@@ -180,6 +184,7 @@ def figures(arguments: Sequence[str]) -> None:
 
 def report(arguments: Sequence[str]) -> None:
     """Write the page, with the figures and tables of each sweep beside it."""
+    require("report", "dptune report")
     from dptune.report.page import write as save
 
     request = Request.of(arguments)

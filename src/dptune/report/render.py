@@ -71,12 +71,13 @@ def great(table: Table) -> GT:
 
 def to_html(table: Table) -> str:
     """A self-contained HTML page fragment."""
-    return great(table).as_raw_html(make_page=True)
+    text: str = great(table).as_raw_html(make_page=True)
+    return text
 
 
 def to_latex(table: Table) -> str:
     """A LaTeX table, in ASCII so that any engine sets it."""
-    text = great(table).as_latex()
+    text: str = great(table).as_latex()
     for sign, command in _LATEX.items():
         text = text.replace(sign, command)
     return text

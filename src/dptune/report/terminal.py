@@ -58,9 +58,10 @@ def narrow(table: Table, width: int = WIDEST) -> str:
     lines.append("─" * (sum(block.width for block in blocks) + len(GAP) * (len(blocks) - 1)))
     for at in range(len(table.rows)):
         lines += _beside(blocks, [block.cells[at] for block in blocks])
-    lines.append("")
     shown = {block.key for block in blocks}
-    for note in _notes(table, counted, marks, [column for column in filled if column.key not in shown]):
+    found = _notes(table, counted, marks, [column for column in filled if column.key not in shown])
+    lines += [""] if found else []
+    for note in found:
         first, *others = wrapped(plain(note), width - len(GAP))
         lines += [first, *(GAP + line for line in others)]
     return "\n".join(line.replace(_FIXED, " ").rstrip() for line in lines)
