@@ -3,6 +3,7 @@
 import fcntl
 import io
 import os
+import select
 import struct
 import termios
 import threading
@@ -20,14 +21,16 @@ def terminal(out: io.StringIO | None = None) -> Iterator[int]:
     """A terminal of 60 columns as standard error, and output if that is not given; yields the end for a person."""
     person, program = os.openpty()
     fcntl.ioctl(program, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-    os.set_blocking(person, False)
     with open(program, "w", encoding="utf-8") as stream, redirect_stdout(out or stream), redirect_stderr(stream):
         yield person
     os.close(person)
 
 
 def seen(person: int) -> str:
-    return os.read(person, 100_000).decode()
+    text = b""
+    while select.select([person], [], [], 0.5)[0]:  # It comes in pieces.
+        text += os.read(person, 100_000)
+    return text.decode()
 
 
 def test_a_terminal_gets_a_bar_below_the_lines() -> None:
