@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -113,9 +114,11 @@ def one_run(config: Config) -> None:
 
 
 def status(argv: Sequence[str]) -> None:
-    """`dptune status [SWEEP] [--watch[=SECONDS]] [OVERRIDE ...]`: which runs are done, running, failed or missing."""
+    """`dptune status [SWEEP] [--watch [SECONDS]] [OVERRIDE ...]`: which runs are done, running, failed or missing."""
     from dptune import status
 
+    # As other programs have it, a flag's value may also stand by itself.
+    argv = shlex.split(re.sub(r"(^| )--watch ([\d.]+)(?= |$)", r"\1--watch=\2", shlex.join(argv)))
     flags = [item for item in argv if item.startswith("-")]
     names = [item for item in argv if "=" not in item and item not in flags]
     arguments = [item for item in argv if "=" in item and item not in flags]
@@ -130,7 +133,8 @@ def status(argv: Sequence[str]) -> None:
         if every is not None:
             from dptune.watch import look_on
 
-            look_on(jobs, every)
+            with suppress(KeyboardInterrupt):  # How one stops watching is no error.
+                look_on(jobs, every)
     elif every is not None:
         raise ConfigError("status --watch needs the name of a sweep: dptune status SWEEP --watch")
     else:
@@ -147,7 +151,7 @@ def watch_every(flags: Sequence[str]) -> float | None:
         except ValueError:
             every = 0.0
         if name != "--watch" or not 0.1 <= every <= 3600:
-            raise ConfigError(f"status {flag}: the only flag is --watch[=SECONDS], of 0.1 to 3600 seconds")
+            raise ConfigError(f"status {flag}: the only flag is --watch [SECONDS], of 0.1 to 3600 seconds")
         return every
     return None
 

@@ -23,7 +23,9 @@ class Display:
 
     def __init__(self, total: int = 0) -> None:
         self.total = total
-        self.live = sys.stdout.isatty() and sys.stderr.isatty()
+        # As they are now: a library's words may be kept off them for a moment.
+        self.out, self.err = sys.stdout, sys.stderr
+        self.live = self.out.isatty() and self.err.isatty()
         self.bar: Any = None
         # A sweep looks at its runs in a thread of its own.
         self.lock = threading.Lock()
@@ -39,7 +41,7 @@ class Display:
 
     def say(self, line: str, *, error: bool = False) -> None:
         """Print a line, above the bar."""
-        stream = sys.stderr if error else sys.stdout
+        stream = self.err if error else self.out
         with self.lock:
             if self.bar is None:
                 print(line, file=stream, flush=True)
@@ -58,7 +60,7 @@ class Display:
                 tqdm.monitor_interval = 0  # Else it starts a thread that outlives the bar.
                 self.bar = tqdm(
                     total=self.total,
-                    file=sys.stderr,
+                    file=self.err,
                     leave=False,
                     dynamic_ncols=True,
                     bar_format="|{bar}| {n_fmt}/{total_fmt}{desc}",

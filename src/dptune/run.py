@@ -93,7 +93,6 @@ def lead(config: Config, overrides: Sequence[str], ranks: Ranks, say: Report, st
     """Do a run as the only process, or as the one of several that writes."""
     identity = run_id(config)
     folder = Path(config.compute.output_root) / identity
-    tracking.check(config.tracking)
     if (finished := finished_record(folder, config)) is not None:
         say(f"{identity} is finished: {folder}")
         ranks.told(Agreement(go=False).to_bytes())

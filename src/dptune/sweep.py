@@ -14,6 +14,7 @@ A search (sweeper `random`) has `prior` instead of `axes`, one grid of candidate
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dptune.config import Config, ConfigError, run_id, strict
 
@@ -69,11 +70,19 @@ def grid(overrides: Iterable[str]) -> list[list[str]]:
     Raises:
         ConfigError: when an override cannot be parsed or is a continuous interval.
     """
+    choices: dict[str, list[str]] = {}
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+        for item in OverridesParser.create().parse_overrides(list(overrides)):
+            key = item.get_key_element()
+            if not item.is_sweep_override():
+                choices[key] = [f"{key}={item.get_value_element_as_str()}"]
+            elif item.is_discrete_sweep():
+                choices[key] = [f"{key}={value}" for value in item.sweep_string_iterator()]
+            else:
+                raise ConfigError(f"{item.input_line}: a sweep needs values that can be listed, not an interval")
     except HydraException as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    return [list(job) for job in itertools.product(*choices.values())]
 
 
 def expand(
@@ -195,12 +204,20 @@ def compose(
     and values, which have dotted names, are put on top as Hydra does it.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    values = [item for item in parsed if "." in item.key_or_group and not item.key_or_group.startswith("hydra.")]
+    # Only plain values: what adds or removes a key is left to Hydra.
+    plain = [item for item in parsed if item.type == OverrideType.CHANGE and item.package is None]
+    values = [item for item in plain if "." in item.key_or_group and not item.key_or_group.startswith("hydra.")]
     groups = tuple(str(item.input_line) for item in parsed if item not in values)
     if groups not in composed:
         composed[groups] = without_hydra(loader.load_sweep_config(master, list(groups)))
     tree = composed[groups].copy()
-    ConfigLoaderImpl._apply_overrides_to_config(values, tree)
+    for item in values:
+        try:
+            OmegaConf.update(tree, item.key_or_group, item.value(), merge=True)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            raise ConfigCompositionException(f"Could not override '{item.key_or_group}'.") from error
+        except OmegaConfBaseException as error:
+            raise ConfigCompositionException(f"Error merging override {item.input_line}") from error
     return tree
 
 
@@ -219,10 +236,7 @@ def load(name: str, arguments: Sequence[str] = ()) -> list[Job]:
         ConfigError: for an unknown name or a job that cannot be run.
     """
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="dptune"):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        loader = hydra.config_loader
-        assert isinstance(loader, ConfigLoaderImpl)
+        loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", [f"sweeps={name}", *arguments], RunMode.MULTIRUN)
         sweeper, overrides = master.hydra.sweeper, [f"sweeps={name}", *arguments]
         if "prior" not in sweeper:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dptune.config import ConfigError, TrackingConfig
-from dptune.records import ADAPTER_FOLDER, RECORD_FILE, Metrics, RunRecord
+from dptune.config import TrackingConfig
+from dptune.records import ADAPTER_FOLDER, RECORD_FILE, RunRecord
 
 
 class Tracker(Protocol):
@@ -42,7 +41,41 @@ class NoTracker:
 NONE = NoTracker()
 
 
-class WandbTracker:
+class Mirror:
+    """What mirrors have in common: which part of a run they show.
+
+    Args:
+        config: where to, and what may be shown.
+        folder: of the run.
+    """
+
+    run: Any
+    """The library's own object of the run."""
+    first = 0
+    """Of a run that goes on, the mirror holds the steps before."""
+
+    def __init__(self, config: TrackingConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.last = 0
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Log one line of the history; telemetry that is not paid for stays here unless allowed."""
+        self._log(
+            {
+                key: value
+                for key, value in row.items()
+                if self.config.allow_private or not key.startswith("NON_PRIVATE/")
+            },
+            int(row["step"]),
+        )
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        if step >= self.first:
+            self.run.log(dict(values), step=step)
+            self.last = step
+
+
+class WandbTracker(Mirror):
     """Weights & Biases: config, history, summary, tables and adapter under `id=run_id`, grouped by sweep.
 
     Args:
@@ -53,7 +86,7 @@ class WandbTracker:
     """
 
     def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path, *, anew: bool = False) -> None:
-        self.config, self.folder = config, folder
+        super().__init__(config, folder)
         self.run = open_run(
             config,
             folder,
@@ -61,20 +94,15 @@ class WandbTracker:
             group=record.sweep,
             job_type=method_of(record),
             tags=tags(record),
-            config=record.config | {"provenance": record.provenance},
+            config=shown_config(record),
             anew=anew,
         )
-        self.first = int(self.run.step)  # Of a run that goes on, W&B holds the steps before.
-        self.last = 0
-
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Log one line of the history."""
-        self._log(visible(row, self.config), int(row["step"]))
+        self.first = int(self.run.step)
 
     def finish(self, record: RunRecord) -> None:
         """Write tables, summary and adapter, and close the run."""
         if record.metrics is not None:
-            self._log({TASK_TABLE: task_table(record.metrics, record.zero_shot)}, self.last)
+            self._log({TASK_TABLE: wandb_table(TASK_COLUMNS, task_rows(record))}, self.last)
         self.run.summary.update(summary(record, self.config.allow_private))
         self.run.tags = tags(record)
         wanted = self.config.upload_adapters and (self.config.allow_private or releasable(record))
@@ -82,63 +110,88 @@ class WandbTracker:
             self.run.log_artifact(adapter_artifact(record, self.folder))
         self.run.finish(exit_code=0 if record.status == "done" else 1)
 
-    def _log(self, values: Mapping[str, Any], step: int) -> None:
-        if step >= self.first:
-            self.run.log(dict(values), step=step)
-            self.last = step
 
+class TrackioTracker(Mirror):
+    """Trackio: config, history, summary and the table of tasks under the run's id, in a folder beside the runs.
 
-class TrackioTracker:
-    """Trackio: config, history and summary in a database beside the runs, which `trackio show` draws.
+    The folder is a database that `trackio show` makes a page of; nothing is sent, and no server is started. A run that
+    goes on hands in its rows from the first one again, so that what is there of an earlier attempt is replaced.
 
     Args:
-        config: which project, and what may be shown.
+        config: what may be shown.
         record: the run; its privacy and results may still be missing.
         folder: its folder.
     """
 
     def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path) -> None:
-        # Trackio reads it when it is imported; its own place is in the home directory.
-        os.environ.setdefault("TRACKIO_DIR", str((folder.parent / TRACKIO_FOLDER).absolute()))
-        import trackio
-
-        self.config, self.last = config, 0
-        with contextlib.redirect_stdout(io.StringIO()):
-            with contextlib.suppress(ValueError):  # The project does not exist yet.
-                for earlier in trackio.Api().runs(config.project):
-                    if earlier.name == record.run_id:
-                        earlier.delete()  # A run that goes on is shown from its first step again.
+        super().__init__(config, folder)
+        self.trackio = trackio = local_trackio(folder.parent / TRACKIO_FOLDER)
+        with contextlib.suppress(ValueError):  # There is no such project yet.
+            for earlier in [run for run in trackio.Api().runs(config.project) if run.name == record.run_id]:
+                earlier.delete()
+        with without_words(), without_hub():
             self.run = trackio.init(
-                config.project,
+                project=config.project,
                 name=record.run_id,
                 group=record.sweep,
-                config=record.config | {"provenance": record.provenance, "tags": tags(record)},
+                config=shown_config(record) | {"method": method_of(record), "tags": tags(record)},
                 embed=False,
-                auto_log_gpu=False,
                 auto_log_cpu=False,
+                auto_log_gpu=False,
             )
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Log one line of the history."""
-        self.last = int(row["step"])
-        self.run.log(visible(row, self.config), step=self.last)
-
     def finish(self, record: RunRecord) -> None:
-        """Log the summary as of the last step, and close the run."""
-        import trackio
+        """Write table and summary, of which Trackio draws the numbers, behind the last step, and close the run."""
+        results = summary(record, self.config.allow_private)
+        if record.metrics is not None:
+            results[TASK_TABLE] = self.trackio.Table(columns=list(TASK_COLUMNS), data=task_rows(record))
+        self._log(results, self.last)
+        with without_words():
+            self.trackio.finish()
 
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.run.log(summary(record, self.config.allow_private), step=self.last)
-            trackio.finish()
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        super()._log({key: value for key, value in values.items() if key != "step" and value is not None}, step)
 
 
 TRACKIO_FOLDER = "trackio"
-"""Name of the folder of Trackio's databases, in the output folder."""
+"""Folder, inside the output folder, of Trackio's database."""
+ELSEWHERE = ("SPACE_ID", "SERVER_URL", "BUCKET_ID", "DATASET_ID", "WEBHOOK_URL")
+"""Endings of the variables by which Trackio would send what it gets to somebody."""
 
 
-def visible(row: Mapping[str, Any], config: TrackingConfig) -> dict[str, Any]:
-    """What a mirror may have of a line of the history: telemetry that is not paid for stays here unless allowed."""
-    return {key: value for key, value in row.items() if config.allow_private or not key.startswith("NON_PRIVATE/")}
+def local_trackio(folder: Path) -> Any:
+    """The library, writing into a folder and nowhere else.
+
+    Raises:
+        RuntimeError: when this process has it write into another folder, which cannot be changed.
+    """
+    os.environ["TRACKIO_DIR"] = str(folder.absolute())
+    for name in ELSEWHERE:
+        os.environ.pop(f"TRACKIO_{name}", None)
+    import trackio
+
+    if Path(trackio.TRACKIO_DIR) != folder.absolute():
+        raise RuntimeError(f"one process writes to one Trackio folder, and this one has {trackio.TRACKIO_DIR}")
+    return trackio
+
+
+@contextlib.contextmanager
+def without_words() -> Iterator[None]:
+    """Nothing on standard output: a library's greetings would stand between the lines of a sweep."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def without_hub() -> Iterator[None]:
+    """No request to the Hugging Face Hub, of which Trackio asks the name behind a token to write it down."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def open_run(tracking: TrackingConfig, folder: Path, *, id: str, anew: bool = False, **fields: Any) -> Any:
@@ -196,6 +249,11 @@ def summary(record: RunRecord, allow_private: bool = False) -> dict[str, Any]:
     return found
 
 
+def shown_config(record: RunRecord) -> dict[str, Any]:
+    """The config of a run and where it comes from."""
+    return record.config | {"provenance": record.provenance}
+
+
 def method_of(record: RunRecord) -> str:
     """The name that the method was asked for by, else its adapter and privacy setting."""
     return record.method or f"{record.config['adapter']['name']} + {record.config['privacy']['name']}"
@@ -218,13 +276,17 @@ LONGEST_TAG = 64
 """Characters that W&B allows."""
 
 
-def task_table(metrics: Metrics, zero_shot: Metrics | None) -> Any:
-    """Accuracy of each task, before and after training, as a W&B table."""
-    before = zero_shot.accuracy_by_task if zero_shot else {}
-    rows = [
+TASK_COLUMNS = ("task", "accuracy", "zero-shot accuracy", "test examples")
+
+
+def task_rows(record: RunRecord) -> list[tuple[Any, ...]]:
+    """Accuracy of each task, after and before training: the rows of the table of tasks."""
+    metrics = record.metrics
+    assert metrics is not None
+    before = record.zero_shot.accuracy_by_task if record.zero_shot else {}
+    return [
         (task, value, before.get(task), metrics.n_by_task.get(task)) for task, value in metrics.accuracy_by_task.items()
     ]
-    return wandb_table(("task", "accuracy", "zero-shot accuracy", "test examples"), rows)
 
 
 def wandb_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
@@ -291,15 +353,8 @@ def start(config: TrackingConfig, record: RunRecord, folder: Path) -> Tracker:
     """The mirror that the config asks for."""
     if config.name == "none":
         return NoTracker()
-    mirror = TrackioTracker if config.name == "trackio" else WandbTracker
-    return Guarded(config.name, lambda: mirror(config, record, folder))
-
-
-def check(config: TrackingConfig) -> None:
-    """Raises ConfigError when the package that a mirror needs is not installed."""
-    package = config.name.partition("_")[0]
-    if package != "none" and importlib.util.find_spec(package) is None:
-        raise ConfigError(f"tracking={config.name} needs the extra `{package}`: pip install 'dptune[{package}]'")
+    kind = TrackioTracker if config.name == "trackio" else WandbTracker
+    return Guarded(config.name, lambda: kind(config, record, folder))
 
 
 def has_account() -> bool:

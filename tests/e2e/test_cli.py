@@ -1,8 +1,10 @@
 """The command line as a person uses it, in processes of its own."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,10 @@ SMALL = [
         ),
         (["model.path=."], "model.path=. is no model"),
         (["table", "nope"], "sweeps=nope does not exist"),
+        (["status", "smoke", "--watch=soon"], "the only flag is --watch [SECONDS], of 0.1 to 3600 seconds"),
+        (["status", "smoke", "--wotch"], "the only flag is --watch"),
+        (["status", "--watch"], "needs the name of a sweep"),
+        (["status", "smoke", "tasks"], "give at most one sweep"),
         (["-m", "sweeps=environment/nope"], "sweeps=environment/nope does not exist; sweeps can be: allocation, "),
     ],
 )
@@ -117,6 +123,19 @@ def test_a_sweep_goes_on_past_a_failing_run_and_does_only_what_is_missing(model_
     assert table.returncode == 0 and "1 of 2 runs done" in table.stdout and "1 failed" in table.stdout
 
 
+def test_watching_ends_with_an_interrupt_and_well(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from dptune.cli import main; main()", "status", "smoke", "--watch", "0.1"]
+    watching = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    lines = [watching.stdout.readline() for _ in range(6)]
+    assert lines[0] == "Sweep smoke: 4 runs: 4 missing\n" and lines[5].startswith("To do the 4")
+    time.sleep(0.5)
+    assert watching.poll() is None
+    watching.send_signal(signal.SIGINT)
+    out, errors = watching.communicate(timeout=20)
+    assert (watching.returncode, out, errors) == (0, "", "")
+
+
 def test_a_sweep_over_processes(model_folder: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={model_folder}", "model.name=local", *SMALL]
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -124,5 +143,14 @@ def test_a_sweep_over_processes(model_folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "outputs").glob("*/record.json"))) == 4
+    # In a pipe: a line a run, counted to the end, and nothing that moves a cursor.
+    first, *lines = done.stdout.splitlines()
+    assert first == "4 runs: 0 finished before, 4 to do" and done.stderr == "" and "\r" not in done.stdout
+    assert [line[:5] for line in lines] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert {line[7:].split("  ")[0] for line in lines} == {
+        f"privacy={name}, seed={seed}" for name in ("uniform", "none") for seed in (0, 1)
+    }
+    assert all("accuracy 0." in line and ("/8" in line) == ("privacy=uniform" in line) for line in lines)
+    assert ["left" in line for line in lines] == [True, True, True, False]
     table = dptune("table", "smoke", *arguments, cwd=tmp_path)
     assert "4 of 4 runs done" in table.stdout and "(ceiling)" in table.stdout and "(floor)" in table.stdout

@@ -128,7 +128,7 @@ def test_only_the_privacy_package_draws_noise_or_batches() -> None:
 
 def test_no_file_uses_what_the_project_forbids() -> None:
     forbidden = re.compile(
-        r"trust_remote_code\s*=\s*True|torch\.load\((?!.*weights_only=True)|pickle\.load|_target_\s*="
+        r"trust_remote_code\s*=\s*True|torch\.load\((?!.*weights_only=True)|pickle\.load|_target_\s*=|hydra\._internal"
     )
     for path in FILES:
         assert not forbidden.search(path.read_text(encoding="utf-8")), path
