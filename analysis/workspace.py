@@ -16,9 +16,9 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from dptune.records import collect
-from dptune.sync import SWEEP_TABLE
-from dptune.tracking import TASK_TABLE, has_account
+from dptune.records.frame import collect
+from dptune.records.mirror import TASK_TABLE, has_account
+from dptune.report.upload import SWEEP_TABLE
 
 METHOD = "JobType"
 """Runs are uploaded with their method as job type; seeds and settings of one method are summed up by it."""

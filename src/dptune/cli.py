@@ -20,11 +20,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dptune.config import Config, ConfigError, strict, unknown_key
-from dptune.extras import needs
-from dptune.progress import Display, NotDone, StepBar, tried
-from dptune.records import RecordError, RunFailed, RunRecord, without_collector
-from dptune.sweep import ROOT, names
+from dptune.config.checks import strict, unknown_key
+from dptune.config.extras import needs
+from dptune.config.schema import Config, ConfigError
+from dptune.records.frame import without_collector
+from dptune.records.record import RecordError, RunFailed, RunRecord
+from dptune.sweeps.expand import ROOT, names
+from dptune.sweeps.progress import Display, NotDone, StepBar, tried
 
 VIEWS = ("table", "tables", "figures", "claims", "report")
 """Views of the records: functions of dptune.report.commands."""
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif argv[:1] == ["status"]:
             status(argv[1:])
         elif argv[:1] == ["sync"]:
-            from dptune.sync import sync
+            from dptune.report.upload import sync
 
             sync(argv[1:])
         else:
@@ -84,7 +86,7 @@ def job(tree: DictConfig) -> NotDone | None:
 
 def in_sweep(config: Config) -> None:
     """Do a run of a sweep. Raises RunFailed for one that failed."""
-    from dptune.run import run
+    from dptune.runs.run import run
 
     record = run(config, overrides=list(HydraConfig.get().overrides.task))
     if record.status == "failed":
@@ -98,7 +100,7 @@ def why_failed(record: RunRecord, config: Config) -> str:
 
 def one_run(config: Config) -> None:
     """Do a run and print its summary. Raises RunFailed after the record of a failed run is written."""
-    from dptune.run import run, summary
+    from dptune.runs.run import run, summary
 
     with Display() as display:
         record = run(
@@ -115,7 +117,7 @@ def one_run(config: Config) -> None:
 
 def status(argv: Sequence[str]) -> None:
     """`dptune status [SWEEP] [--watch [SECONDS]] [OVERRIDE ...]`: which runs are done, running, failed or missing."""
-    from dptune import status
+    from dptune.sweeps import status
 
     # As other programs have it, a flag's value may also stand by itself.
     argv = shlex.split(re.sub(r"(^| )--watch ([\d.]+)(?= |$)", r"\1--watch=\2", shlex.join(argv)))
@@ -126,12 +128,12 @@ def status(argv: Sequence[str]) -> None:
         raise ConfigError(f"status {' '.join(names)}: give at most one sweep, and overrides as key=value")
     every = watch_every(flags)
     if names:
-        from dptune.sweep import load
+        from dptune.sweeps.expand import load
 
         jobs = load(names[0], arguments)
         print(status.of_sweep(names[0], jobs, arguments), flush=True)
         if every is not None:
-            from dptune.watch import look_on
+            from dptune.runs.watch import look_on
 
             with suppress(KeyboardInterrupt):  # How one stops watching is no error.
                 look_on(jobs, every)

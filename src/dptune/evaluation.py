@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -15,8 +16,7 @@ from dptune.data.batches import Layout, collate, token_log_probabilities
 from dptune.data.encoding import Encoded, encode
 from dptune.data.schema import Example
 from dptune.data.templates import prompt_of, response_of
-from dptune.records import Metrics
-from dptune.text_metrics import Written, by_task
+from dptune.records.record import Metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,3 +204,50 @@ def _accuracy_by_task(judgements: Sequence[Judgement]) -> dict[str, float]:
     for item in judgements:
         correct[item.task].append(item.correct)
     return {task: statistics.fmean(correct[task]) for task in sorted(correct)}
+
+
+SHORTEST = 4
+"""Words of the longest reference below which a task has no text metrics: BLEU counts runs of four words."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote for one prompt. Text of the data: it enters no record."""
+
+    task: str
+    output: str
+    references: tuple[str, ...]
+    """The right responses of all test records with this prompt."""
+
+
+def bleu(texts: Sequence[Written]) -> float:
+    """Corpus BLEU in [0, 100] with several references each, case-sensitive, sacreBLEU's "13a" tokens.
+
+    Source: arXiv:1804.08771; higher is better.
+    """
+    import sacrebleu
+
+    # One list for the first references of all texts, one for the second, and so on.
+    streams = list(itertools.zip_longest(*(text.references for text in texts)))
+    return float(sacrebleu.corpus_bleu([text.output for text in texts], streams).score)
+
+
+def rouge_l(texts: Sequence[Written]) -> float:
+    """Mean over texts of the F-measure of ROUGE-L against the nearest reference, in [0, 1], without stemming.
+
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries"; higher is better.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return statistics.fmean(scorer.score_multi(text.references, text.output)["rougeL"].fmeasure for text in texts)
+
+
+def by_task(texts: Sequence[Written]) -> dict[str, tuple[float, float]]:
+    """BLEU and ROUGE-L of each task whose references are not all shorter than `SHORTEST` words."""
+    found = {}
+    for task in sorted({text.task for text in texts}):
+        own = [text for text in texts if text.task == task]
+        if max(len(reference.split()) for text in own for reference in text.references) >= SHORTEST:
+            found[task] = bleu(own), rouge_l(own)
+    return found

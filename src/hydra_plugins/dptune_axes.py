@@ -1,4 +1,4 @@
-"""A Hydra sweeper that joins several small grids; see dptune.sweep. Hydra finds it by its place in `hydra_plugins`."""
+"""A Hydra sweeper that joins several small grids; see dptune.sweeps.expand. Hydra finds it by its place in `hydra_plugins`."""
 
 import os
 import sys
@@ -18,8 +18,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from dptune.progress import NotDone
-    from dptune.sweep import Job
+    from dptune.sweeps.expand import Job
+    from dptune.sweeps.progress import NotDone
 
 
 @dataclass
@@ -48,7 +48,7 @@ class AxesSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`."""
-        from dptune.sweep import jobs_of
+        from dptune.sweeps.expand import jobs_of
 
         self.settings = config.hydra.launcher
         self.jobs = partial(jobs_of, hydra_context.config_loader, config, self.common, self.axes, self.include)
@@ -58,10 +58,10 @@ class AxesSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run what is missing; a run that fails does not stop the others."""
-        from dptune.extras import check_extras
-        from dptune.progress import workers_of
-        from dptune.records import RunFailed
-        from dptune.watch import Watch
+        from dptune.config.extras import check_extras
+        from dptune.records.record import RunFailed
+        from dptune.runs.watch import Watch
+        from dptune.sweeps.progress import workers_of
 
         refuse_torchrun()
         jobs = self.jobs(arguments)
@@ -98,10 +98,10 @@ class AxesSweeper(Sweeper):
         Raises:
             RunFailed: when workers were killed too often.
         """
-        from dptune.records import RunFailed
+        from dptune.records.record import RunFailed
 
         if str(self.settings.get("_target_", "")).endswith("SlurmLauncher"):
-            from dptune.slurm import be_quiet_without_accounting
+            from dptune.sweeps.slurm import be_quiet_without_accounting
 
             be_quiet_without_accounting(say)
         for _ in range(LAUNCHES):
@@ -123,14 +123,14 @@ LAUNCHES = 5
 
 def refuse_torchrun() -> None:
     """Raises ConfigError inside torchrun."""
-    from dptune.config import ConfigError
+    from dptune.config.schema import ConfigError
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("torchrun is for one run; give a sweep a launcher (hydra/launcher=joblib or slurm)")
 
 
 def _is_done(job: "Job") -> bool:
-    from dptune.records import summary
+    from dptune.records.record import summary
 
     seen = summary(Path(job.config.compute.output_root) / job.run_id)
     return seen is not None and seen.status == "done"

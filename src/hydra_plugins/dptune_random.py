@@ -1,4 +1,4 @@
-"""A Hydra sweeper that tries a random, secret number of configs and releases the best; see dptune.search."""
+"""A Hydra sweeper that tries a random, secret number of configs and releases the best; see dptune.runs.search."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class RandomSweeper(AxesSweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`; trials are silent, so that the task function is not the usual one."""
-        from dptune.search import trial
+        from dptune.runs.search import trial
 
         super().setup(hydra_context=hydra_context, task_function=trial, config=config)
 
@@ -58,8 +58,8 @@ class RandomSweeper(AxesSweeper):
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Do the trials that are missing, then release the best."""
         from dptune.privacy.accounting import rounded_up
-        from dptune.records import RunFailed
-        from dptune.search import trial_is_done
+        from dptune.records.record import RunFailed
+        from dptune.runs.search import trial_is_done
 
         refuse_torchrun()
         search = self.search(arguments)
@@ -89,11 +89,11 @@ class RandomSweeper(AxesSweeper):
         return []
 
     def search(self, arguments: list[str]) -> Any:
-        """The search that some overrides ask for, as a `dptune.search.Search`."""
-        from dptune.config import ConfigError
+        """The search that some overrides ask for, as a `dptune.runs.search.Search`."""
+        from dptune.config.schema import ConfigError
         from dptune.privacy.events import PlanError
         from dptune.privacy.selection import Repetitions
-        from dptune.search import ZERO_SHOT, Search
+        from dptune.runs.search import ZERO_SHOT, Search
 
         try:
             repetitions = Repetitions(self.mean, self.eta)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dptune.config import AdapterConfig
+from dptune.config.schema import AdapterConfig
 from dptune.data.batches import Layout, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters

@@ -12,9 +12,11 @@ from numerics import assert_close_to_largest
 from processes import Started, dptune
 from test_resume import arguments, command, composed, config, folder_of, lines, rows, wait_for, weights
 
-from dptune import records, run
-from dptune.config import Config, run_id
-from dptune.lease import holder
+from dptune.config.schema import Config
+from dptune.identity import run_id
+from dptune.records import record as records
+from dptune.records.lock import holder
+from dptune.runs import run
 
 pytestmark = pytest.mark.numerical
 

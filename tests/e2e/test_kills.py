@@ -12,8 +12,8 @@ from processes import FRESH
 from test_launchers import sweep
 from test_resume import assert_the_same_run, lines, wait_for
 
-from dptune import records
-from dptune.lease import holder
+from dptune.records import record as records
+from dptune.records.lock import holder
 
 KILLS = 20
 

@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from processes import Started, dptune
 from test_resume import lines, rows, wait_for
 
-from dptune import records
-from dptune.lease import holder
-from dptune.sweep import ROOT
+from dptune.records import record as records
+from dptune.records.lock import holder
+from dptune.sweeps.expand import ROOT
 
 STEPS = 30
 
@@ -85,8 +85,8 @@ def test_what_is_left_out_is_said(model_folder: Path, tmp_path: Path) -> None:
     """A run that another machine does is no failure of this sweep, and not done."""
     import dataclasses
 
-    from dptune.lease import Holder
-    from dptune.sweep import load
+    from dptune.records.lock import Holder
+    from dptune.sweeps.expand import load
 
     command = sweep(model_folder, tmp_path, "environment.seed=0", "privacy=uniform")
     (job,) = load("smoke", [item for item in command if "=" in item and not item.startswith("sweeps=")])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dptune import run
-from dptune.sweep import ROOT, load
+from dptune.runs import run
+from dptune.sweeps.expand import ROOT, load
 
 MODEL = Path(os.environ.get("DPTUNE_MODEL", ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
 DATA = Path(os.environ.get("DPTUNE_DATA", ROOT.parent / "shared" / "data"))

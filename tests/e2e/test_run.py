@@ -18,14 +18,18 @@ from numerics import assert_close_to_largest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dptune import guarantee, preparation, records, run
-from dptune.config import Config, ConfigError, run_id
+from dptune.config.schema import Config, ConfigError
 from dptune.data.batches import collate, physical_batches
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import Dataset, load
 from dptune.evaluation import judge, summarise
+from dptune.identity import run_id
 from dptune.models import adapters, backbones
 from dptune.privacy.plan import PrivacyPlan
+from dptune.records import record as records
+from dptune.runs import privacy as guarantee
+from dptune.runs import run
+from dptune.runs import setup as preparation
 
 pytestmark = pytest.mark.numerical
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dptune import run
-from dptune.config import Config
+from dptune.config.schema import Config
 from dptune.data.sources import load
 from dptune.models import adapters
+from dptune.runs import run
 
 pytestmark = pytest.mark.numerical
 

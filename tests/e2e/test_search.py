@@ -15,19 +15,23 @@ from processes import Started, dptune
 from test_launchers import sweep
 from test_resume import lines, wait_for
 
-from dptune import records, run, status
-from dptune.config import Config, ConfigError, run_id, strict
-from dptune.guarantee import make_plan
-from dptune.preparation import data_of
+from dptune.config.checks import strict
+from dptune.config.schema import Config, ConfigError
+from dptune.identity import run_id
 from dptune.privacy.accounting import epsilon
 from dptune.privacy.events import Event
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
-from dptune.records import RunFailed, RunRecord
+from dptune.records import record as records
+from dptune.records.record import RunFailed, RunRecord
 from dptune.report.procedure import procedures
 from dptune.report.results import load as results
-from dptune.search import DRAW_FILE, SECRET_FOLDER, Search, trial_is_done
-from dptune.sweep import ROOT, Job, load
+from dptune.runs import run
+from dptune.runs.privacy import make_plan
+from dptune.runs.search import DRAW_FILE, SECRET_FOLDER, Search, trial_is_done
+from dptune.runs.setup import data_of
+from dptune.sweeps import status
+from dptune.sweeps.expand import ROOT, Job, load
 
 pytestmark = pytest.mark.numerical
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from report.planted import compare, config, plant
 
-from dptune.records import read
+from dptune.records.record import read
 from dptune.report.claims import claims, claims_table
 from dptune.report.results import load
 

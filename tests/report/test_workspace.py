@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from dptune.records import collect
+from dptune.records.frame import collect
+from dptune.records.mirror import TASK_TABLE, summary
 from dptune.report.results import history
-from dptune.sweep import ROOT
-from dptune.sync import SWEEP_TABLE
-from dptune.tracking import TASK_TABLE, summary
+from dptune.report.upload import SWEEP_TABLE
+from dptune.sweeps.expand import ROOT
 
 pytest.importorskip("wandb_workspaces", reason="make setup EXTRAS=workspace, or make test")
 

@@ -14,7 +14,7 @@ from numerics import assert_close_to_largest, differs
 from peft import PeftModel
 from safetensors import safe_open
 
-from dptune.config import ADAPTERS, AdapterConfig, ConfigError
+from dptune.config.schema import ADAPTERS, AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters

@@ -9,14 +9,14 @@ import torch
 from backbones_for_tests import BACKBONES, layout_of
 from numerics import assert_close_to_largest
 
-from dptune.config import AdapterConfig
+from dptune.config.schema import AdapterConfig
 from dptune.data.batches import Layout, collate, example_losses, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
-from dptune.preparation import made_up_rows
 from dptune.privacy.batch_shape import FixedShapeEngine, fixed_shape_engine
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, LoopEngine, moved
+from dptune.runs.setup import made_up_rows
 
 pytestmark = pytest.mark.numerical
 

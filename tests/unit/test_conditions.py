@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptune.config import Config, ConfigError, DataSensitivityConfig
+from dptune.config.schema import Config, ConfigError, DataSensitivityConfig
 from dptune.data.conditions import (
     DISTRACTIONS,
     HEAVY_USERS,

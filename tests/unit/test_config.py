@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dptune.config import Config, ConfigError, has_fixed_batches, noise_mode, run_id, strict
+from dptune.config.checks import strict
+from dptune.config.schema import Config, ConfigError, has_fixed_batches, noise_mode
+from dptune.identity import run_id
 
 
 def tree(*overrides: str):

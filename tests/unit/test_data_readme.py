@@ -7,8 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dptune.config import Config
-from dptune.sweep import ROOT, without_hydra
+from dptune.config.schema import Config
+from dptune.sweeps.expand import ROOT, without_hydra
 
 PAGE = (ROOT / "src" / "dptune" / "data" / "README.md").read_text(encoding="utf-8")
 COMMANDS = [shlex.split(line)[2:] for line in PAGE.splitlines() if line.startswith("$ dptune")]

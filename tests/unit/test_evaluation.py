@@ -9,8 +9,7 @@ from dptune.data.batches import Layout
 from dptune.data.encoding import encode
 from dptune.data.schema import Example
 from dptune.data.templates import plain as prompt
-from dptune.evaluation import Judgement, greedy, judge, judged, normalised, summarise
-from dptune.text_metrics import Written
+from dptune.evaluation import Judgement, Written, greedy, judge, judged, normalised, summarise
 
 pytestmark = pytest.mark.numerical
 

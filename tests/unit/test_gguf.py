@@ -9,7 +9,8 @@ import torch
 from backbones_for_tests import tiny_llama
 from numerics import assert_close_to_largest
 
-from dptune.config import Config, ConfigError, ModelConfig, run_id
+from dptune.config.schema import Config, ConfigError, ModelConfig
+from dptune.identity import run_id
 from dptune.models import gguf as module
 from dptune.models.backbones import Backbone, load
 

@@ -3,7 +3,7 @@ import torch
 from backbones_for_tests import tiny_llama
 from numerics import assert_close_to_largest, differs
 
-from dptune.config import AdapterConfig
+from dptune.config.schema import AdapterConfig
 from dptune.data.batches import Layout, collate, example_losses
 from dptune.data.encoding import encode
 from dptune.data.templates import plain as prompt
@@ -118,7 +118,7 @@ def test_no_dropout_and_no_frozen_gradient(tokenizer) -> None:
 
 
 def test_an_adapter_that_matches_nothing_is_refused() -> None:
-    from dptune.config import ConfigError
+    from dptune.config.schema import ConfigError
 
     with pytest.raises(ConfigError, match=r"adapter.target_modules=\['nowhere'\] matches no layer"):
         adapters.attach(tiny_llama(), AdapterConfig(target_modules=["nowhere"]), rank=2, steps=10, seed=0)
@@ -181,7 +181,7 @@ def test_hooks_refuse_a_layer_that_does_not_see_every_row() -> None:
 
 
 def probes(tokenizer):
-    from dptune.preparation import made_up_rows
+    from dptune.runs.setup import made_up_rows
 
     rows = made_up_rows(len(tokenizer), (7, 9, 5))
     changed = [*rows[:-1], made_up_rows(len(tokenizer), (7, 9, 5), shift=101)[-1]]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dptune import lease
-from dptune.lease import ClaimLost, claimed, holder
+from dptune.records import lock as lease
+from dptune.records.lock import ClaimLost, claimed, holder
 
 HOLD = """
 import sys, time
@@ -131,7 +131,7 @@ def test_of_many_processes_one_gets_a_run(tmp_path: Path) -> None:
     """All start at a dead claim at the same moment; the winner holds on until all have tried."""
     written_elsewhere(tmp_path, lease.EXPIRY + 60)
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom dptune.lease import claimed\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dptune.records.lock import claimed\n"
         "folder = Path(sys.argv[1])\nPath(sys.argv[2]).touch()\n"
         "while not (folder / 'go').exists():\n    pass\n"
         "with claimed(folder) as claim:\n    print('held' if claim else 'refused', flush=True)\n    sys.stdin.read()\n"

@@ -8,7 +8,7 @@ import torch
 from backbones_for_tests import tiny_llama
 from numerics import assert_close_to_largest, differs
 
-from dptune.config import AdapterConfig, EnvironmentConfig, HyperparameterConfig
+from dptune.config.schema import AdapterConfig, EnvironmentConfig, HyperparameterConfig
 from dptune.data.batches import Layout, collate, example_losses
 from dptune.data.encoding import encode
 from dptune.models import adapters

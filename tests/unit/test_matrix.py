@@ -9,7 +9,7 @@ import torch
 from backbones_for_tests import BACKBONES
 from numerics import assert_close_to_largest
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters

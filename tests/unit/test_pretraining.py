@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dptune import pretraining
-from dptune.config import EMBEDDED, SHIPPED, Config, ConfigError, ModelConfig, run_id
+from dptune.config.schema import EMBEDDED, SHIPPED, Config, ConfigError, ModelConfig
 from dptune.data import supportdesk
 from dptune.data.schema import Example
+from dptune.identity import run_id
 from dptune.models import backbones, embedded
-from dptune.pretraining import RECIPES, Recipe, pretrain, train_tokenizer
+from dptune.runs import pretraining
+from dptune.runs.pretraining import RECIPES, Recipe, pretrain, train_tokenizer
 
 SMALL = Recipe(
     vocabulary=400, layers=1, width=16, feed_forward=32, heads=2, records=200, steps=3, warmup=1, batch_size=8
@@ -83,7 +84,7 @@ def test_a_run_is_named_by_the_content_of_its_shipped_backbone(tmp_path, monkeyp
     before = run_id(Config())
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "SHA256SUMS").write_text("0  model.safetensors\n")
-    monkeypatch.setattr("dptune.config.SHIPPED", tmp_path)
+    monkeypatch.setattr("dptune.config.schema.SHIPPED", tmp_path)
     assert run_id(Config()) != before
 
 

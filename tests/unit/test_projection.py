@@ -9,7 +9,8 @@ import torch
 from numerics import assert_close_to_largest, differs
 from omegaconf import OmegaConf
 
-from dptune.config import Config, ConfigError, strict
+from dptune.config.checks import strict
+from dptune.config.schema import Config, ConfigError
 from dptune.data.batches import Layout
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group

@@ -12,7 +12,7 @@ from peft import PeftModel
 from scipy.stats import norm
 from transformers.pytorch_utils import Conv1D
 
-from dptune.config import ADAPTERS, AdapterConfig, ConfigError
+from dptune.config.schema import ADAPTERS, AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters

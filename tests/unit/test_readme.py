@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dptune.sweep import ROOT, load
+from dptune.sweeps.expand import ROOT, load
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.removeprefix("$ ").split("  #")[0] for line in README.splitlines() if line.startswith("$ ")]
@@ -52,8 +52,8 @@ def test_files_of_the_repository_hold_no_path_of_a_machine() -> None:
 
 
 def test_the_analysis_page_runs_on_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    from dptune.config import Config
-    from dptune.records import Metrics, Privacy, RunRecord
+    from dptune.config.schema import Config
+    from dptune.records.record import Metrics, Privacy, RunRecord
 
     for name in ("uniform", "adaptive"):
         for seed in (0, 1):

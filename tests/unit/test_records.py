@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dptune import records
-from dptune.records import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RecordError, RunRecord
+from dptune.records import record as records
+from dptune.records.record import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RecordError, RunRecord
 
 
 def metrics(accuracy: float = 0.75) -> Metrics:

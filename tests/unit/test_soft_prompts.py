@@ -11,9 +11,9 @@ from dptune.data.encoding import encode
 from dptune.data.templates import plain as prompt
 from dptune.models.adapters import set_modes
 from dptune.models.soft_prompts import attach_soft_prompt
-from dptune.preparation import made_up_rows
 from dptune.privacy.engines import ENGINES, checked_engine
 from dptune.privacy.gradients import EngineError, trained
+from dptune.runs.setup import made_up_rows
 
 pytestmark = pytest.mark.numerical
 

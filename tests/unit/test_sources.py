@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptune.config import Config, ConfigError, is_public, noise_mode, run_id
+from dptune.config.schema import Config, ConfigError, is_public, noise_mode
 from dptune.data import sources
 from dptune.data.readers import DataError
 from dptune.data.schema import Example
 from dptune.data.subsets import Mixture, Smallest
-from dptune.sweep import ROOT
+from dptune.identity import run_id
+from dptune.sweeps.expand import ROOT
 
 ROW = {
     "task": "team",
@@ -363,8 +364,8 @@ def test_conversation_trees_become_pairs_with_the_user_of_the_reply(tmp_path: Pa
 def preset(name: str, *overrides: str) -> Config:
     from hydra import compose, initialize_config_dir
 
-    from dptune.config import strict
-    from dptune.sweep import without_hydra
+    from dptune.config.checks import strict
+    from dptune.sweeps.expand import without_hydra
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return strict(without_hydra(compose("config", [f"data={name}", *overrides])))

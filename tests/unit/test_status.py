@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dptune import records, status
-from dptune.lease import claimed
-from dptune.records import RecordError, RunRecord, code_version, summaries, summary
-from dptune.sweep import load
+from dptune.records import record as records
+from dptune.records.code import code_version
+from dptune.records.lock import claimed
+from dptune.records.record import RecordError, RunRecord, summaries, summary
+from dptune.sweeps import status
+from dptune.sweeps.expand import load
 
 ARGUMENTS = ["environment.seed=0,1,2", "privacy=none"]
 

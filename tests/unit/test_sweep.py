@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from dptune import sweep
-from dptune.config import EMBEDDED, Config, ConfigError, run_id, strict
+from dptune.config.checks import strict
+from dptune.config.schema import EMBEDDED, Config, ConfigError
+from dptune.identity import run_id
 from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS, TESTS
-from dptune.sweep import ROOT, expand, included, load, names, parts, without_hydra
+from dptune.sweeps import expand as sweep
+from dptune.sweeps.expand import ROOT, expand, included, load, names, parts, without_hydra
 
 FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
 HUB_MODELS = sorted(

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from report.planted import PLAN, TASKS
 
-from dptune import sweep
 from dptune.privacy.accounting import Event, rounded_up
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, epsilon_all, score_event
-from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord, code_version, read
+from dptune.records.code import code_version
+from dptune.records.record import Cost, Metrics, Parameters, Privacy, RunRecord, read
 from dptune.report.commands import figures, table, tables
 from dptune.report.render import great, markdown, to_csv, to_latex, write
 from dptune.report.results import Results, load, of_sweep
 from dptune.report.tables import comparison_table, cost_table, main_table, run_table, task_table
-from dptune.sweep import Job
-from dptune.sweep import load as jobs_of
+from dptune.sweeps import expand as sweep
+from dptune.sweeps.expand import Job
+from dptune.sweeps.expand import load as jobs_of
 
 
 def finish(job: Job, accuracy: float, root: Path, sweep: str = "smoke") -> None:

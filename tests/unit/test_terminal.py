@@ -13,8 +13,8 @@ import pytest
 from report.planted import compare, config, plant
 
 from dptune.cli import main
-from dptune.config import run_id
-from dptune.records import RunRecord
+from dptune.identity import run_id
+from dptune.records.record import RunRecord
 from dptune.report import commands
 from dptune.report.render import markdown
 from dptune.report.results import load

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
-from dptune.config import SPLITS, SUPPORTDESK, Config, DataConfig, is_public, keyed_hash, local_key
+from dptune.config.schema import SPLITS, SUPPORTDESK, Config, DataConfig, is_public
 from dptune.data.conditions import apply_to_test, apply_to_training
 from dptune.data.mapping import BadRecord, ColumnMapping
 from dptune.data.readers import LAYOUTS, DataError, Fault, parts
 from dptune.data.schema import Example
 from dptune.data.subsets import Mixture, Smallest
+from dptune.identity import keyed_hash, local_key
 
 LISTED = 1000
 """Number of bad records that are listed; all are counted."""

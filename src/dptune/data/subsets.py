@@ -10,7 +10,7 @@ import hashlib
 import heapq
 from collections.abc import Mapping
 
-from dptune.config import ConfigError
+from dptune.config.schema import ConfigError
 from dptune.data.schema import Example
 
 

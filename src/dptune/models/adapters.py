@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from dptune.config import ADAPTERS, AdapterConfig, ConfigError, EnvironmentConfig, check_adapter
+from dptune.config.checks import check_adapter
+from dptune.config.schema import ADAPTERS, AdapterConfig, ConfigError, EnvironmentConfig
 from dptune.models import own_adapters, peft_adapters
 from dptune.models.layers import ARCHITECTURES, architecture_of, check_rows_are_independent
 from dptune.models.pst import prune, pst
 from dptune.models.quantization import refuse_merging, rounded_layers
-from dptune.records import Parameters
+from dptune.records.record import Parameters
 
 __all__ = [
     "KINDS",

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dptune.config import ConfigError, ModelConfig
+from dptune.config.schema import ConfigError, ModelConfig
 from dptune.data.batches import Architecture, Layout
 from dptune.models.embedded import folder_of
 from dptune.models.quantization import quantize

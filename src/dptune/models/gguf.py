@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from dptune.config import ConfigError, content_hash
-from dptune.extras import require
+from dptune.config.extras import require
+from dptune.config.schema import ConfigError
+from dptune.identity import content_hash
 from dptune.models.cache import made_once
 
 

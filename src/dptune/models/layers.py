@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config.schema import AdapterConfig, ConfigError
 
 ARCHITECTURES = ("decoder", "gpt2", "encoder", "encoder_decoder")
 """`gpt2` stands for every decoder whose layers are transformers' `Conv1D`, which stores weights transposed."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.models.layers import (
     chosen,
     in_blocks,

@@ -17,7 +17,7 @@ from peft.tuners.boft import layer as boft_layer
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.lora import LoraLayer
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.models.layers import (
     Layers,
     architecture_of,

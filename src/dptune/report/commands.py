@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dptune.config import ConfigError
-from dptune.extras import require
+from dptune.config.extras import require
+from dptune.config.schema import ConfigError
 from dptune.report.render import file_name, markdown, write
 from dptune.report.results import HOW_TO_MAKE_SOME, Results, filtered, load, of_sweep
 from dptune.report.tables import Table, comparison_table, cost_table, main_table, run_table, task_table
@@ -100,8 +100,8 @@ def selected(request: Request) -> Iterator[tuple[str, Results]]:
     if request.sweep is None:
         yield from by_sweep(everything(request))
         return
-    from dptune.sweep import load as jobs_of
-    from dptune.sweep import parts
+    from dptune.sweeps.expand import load as jobs_of
+    from dptune.sweeps.expand import parts
 
     found = load(request.root)
     warn(found)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dptune.privacy.accounting import rounded_up
-from dptune.records import write_atomically
+from dptune.records.files import write_atomically
 from dptune.report.claims import Claim, claims
 from dptune.report.figures import all_figures, thinned
 from dptune.report.procedure import procedures

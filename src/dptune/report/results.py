@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dptune.records import EVALUATION_FILE, HISTORY_FILE, RunRecord, collect, to_frame
+from dptune.records.frame import collect, to_frame
+from dptune.records.record import EVALUATION_FILE, HISTORY_FILE, RunRecord
 from dptune.report.intervals import Judgements
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from dptune.report.settings import Setting
-    from dptune.sweep import Job
+    from dptune.sweeps.expand import Job
 
 DONE, FAILED, RUNNING, MISSING = "done", "failed", "running or stopped", "missing"
 SUPERSEDED = "superseded"

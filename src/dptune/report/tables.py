@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dptune.privacy.accounting import rounded_up
-from dptune.records import code_version
+from dptune.records.code import code_version
 from dptune.report.intervals import Array, Estimate, Judgements, mean_over_runs, share_of_one_run
 from dptune.report.procedure import Procedure, procedures
 from dptune.report.results import DONE, SUPERSEDED, Results

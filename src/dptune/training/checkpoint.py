@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dptune.records import sync, write_atomically
+from dptune.records.files import sync, write_atomically
 
 STATE_FILE = "checkpoint.json"
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dptune.config import EnvironmentConfig, HyperparameterConfig
+from dptune.config.schema import EnvironmentConfig, HyperparameterConfig
 from dptune.data.batches import Layout, collate, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group

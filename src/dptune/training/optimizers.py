@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dptune.config import EnvironmentConfig, HyperparameterConfig
+from dptune.config.schema import EnvironmentConfig, HyperparameterConfig
 from dptune.privacy.subspace import adam_bc, ema, james_stein, shrink_singular_values
 
 BETAS, EPSILON, MOMENTUM = (0.9, 0.999), 1e-8, 0.9

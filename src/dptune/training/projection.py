@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dptune.config import Config
+from dptune.config.schema import Config
 from dptune.data.batches import Layout, collate, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group

@@ -9,11 +9,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dptune.lease import holder
-from dptune.records import RecordError, Summary, code_version, summaries, summary
+from dptune.records.code import code_version
+from dptune.records.lock import holder
+from dptune.records.record import RecordError, Summary, summaries, summary
 
 if TYPE_CHECKING:
-    from dptune.sweep import Job
+    from dptune.sweeps.expand import Job
 
 
 class State(StrEnum):

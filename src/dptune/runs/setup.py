@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from dptune.config import Config, ConfigError, has_fixed_batches
+from dptune.config.extras import check_extras, require
+from dptune.config.schema import Config, ConfigError, has_fixed_batches
 from dptune.data.batches import Layout, collate, example_losses
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
 from dptune.data.sources import Dataset
 from dptune.data.sources import load as load_data
 from dptune.data.templates import prompt_of, token_counter
-from dptune.extras import check_extras, require
-from dptune.guarantee import make_plan
+from dptune.evaluation import SHORTEST
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
 from dptune.privacy.batch_shape import fixed_shape_engine
@@ -25,8 +25,8 @@ from dptune.privacy.engines import checked_engine
 from dptune.privacy.gradients import Engine
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.streams import KeyRing, Purpose
-from dptune.records import code_version
-from dptune.text_metrics import SHORTEST
+from dptune.records.code import code_version
+from dptune.runs.privacy import make_plan
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dptune.config import Config, ConfigError, noise_mode
+from dptune.config.schema import Config, ConfigError, noise_mode
 from dptune.data.sources import Dataset
 from dptune.privacy.accounting import Reported, calibrate, rounded_up
 from dptune.privacy.accounting import epsilon as accountant
 from dptune.privacy.events import Event
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
 from dptune.privacy.selection import score_event
-from dptune.records import (
-    GroupPrivacy,
-    Privacy,
-)
+from dptune.records.record import GroupPrivacy, Privacy
 
 
 def make_plan(config: Config, data: Dataset) -> PrivacyPlan:

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from dptune.lease import holder
-from dptune.progress import Display, in_time, time_left
-from dptune.records import HISTORY_FILE, RECORD_FILE, RecordError, RunRecord, read, summary
-from dptune.status import State, of_run
+from dptune.records.lock import holder
+from dptune.records.record import HISTORY_FILE, RECORD_FILE, RecordError, RunRecord, read, summary
+from dptune.sweeps.progress import Display, in_time, time_left
+from dptune.sweeps.status import State, of_run
 
 if TYPE_CHECKING:
-    from dptune.sweep import Job
+    from dptune.sweeps.expand import Job
 
 EVERY = 0.5
 """Seconds between two looks at the runs of a sweep."""
@@ -166,7 +166,7 @@ def _step(job: Job) -> str:
 
 def result(record: RunRecord) -> str:
     """Accuracy and epsilon of a finished run."""
-    from dptune.guarantee import spent
+    from dptune.runs.privacy import spent
 
     assert record.metrics is not None and record.privacy is not None
     return f"{record.metrics.accuracy:.3f}  {spent(record.privacy)}"

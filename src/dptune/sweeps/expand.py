@@ -31,7 +31,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dptune.config import Config, ConfigError, run_id, strict
+from dptune.config.checks import strict
+from dptune.config.schema import Config, ConfigError
+from dptune.identity import run_id
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader

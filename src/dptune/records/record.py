@@ -8,25 +8,24 @@ are views of it. No torch here.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import gc
-import hashlib
 import json
 import math
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
+from dptune.records.files import write_atomically
 
 SCHEMA_VERSION = 1
+
+
 RECORD_FILE, HISTORY_FILE, EVALUATION_FILE = "record.json", "history.jsonl", "evaluation.jsonl"
+
+
 ADAPTER_FOLDER = "adapter"
 
 
@@ -201,30 +200,6 @@ class RunRecord:
         return write_atomically(folder / RECORD_FILE, json.dumps(_finite(content), indent=1) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Replace `path` by `text` in one step, on disk before it is visible."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
-
-
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk, or for a folder the names in it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def read(folder: Path) -> RunRecord | None:
     """The record in a run folder, or None when there is none.
 
@@ -311,117 +286,6 @@ def summaries(root: Path) -> Iterator[Summary | RecordError]:
             continue
         if seen is not None:
             yield seen
-
-
-@dataclass(frozen=True)
-class Collection:
-    """What lies in an output folder."""
-
-    records: tuple[RunRecord, ...]
-    """Records that can be read, in the order of their run ids."""
-    unreadable: tuple[str, ...] = ()
-    """One line for each record that was left out: its path and the reason."""
-
-
-def collect(root: Path) -> Collection:
-    """All records below `root`; those that cannot be read are named, not hidden."""
-    records: dict[str, RunRecord] = {}
-    unreadable = []
-    with without_collector():
-        for folder in sorted(str(path.parent) for path in root.glob(f"*/{RECORD_FILE}")):
-            try:
-                record = read(Path(folder))
-            except RecordError as error:
-                unreadable.append(str(error))
-                continue
-            if record is not None and records.setdefault(record.run_id, record) is not record:
-                unreadable.append(f"{folder}/{RECORD_FILE}: a copy of run {record.run_id}, which would count twice")
-    return Collection(tuple(records.values()), tuple(unreadable))
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Pause the search for reference cycles: many records have none, and looking for them takes half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def read_all(root: Path) -> list[RunRecord]:
-    """All records below `root`, in the order of their names; a corrupt one is left out with a warning."""
-    found = collect(root)
-    for reason in found.unreadable:
-        warnings.warn(f"left out {reason}", stacklevel=2)
-    return list(found.records)
-
-
-def to_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row a run; nested names are joined by dots (`metrics.accuracy`, `config.hyperparameter.rank`).
-
-    Parts that are read as such and would be many columns stay whole, such as `privacy.groups` and `privacy.plan`.
-    """
-    import pandas as pd
-
-    with without_collector():
-        return pd.DataFrame(dict(_columns([vars(record) for record in records])))
-
-
-def _columns(parts: Sequence[Mapping[str, Any]], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """Name and values of each column below some parts of records: by column, which is faster than by record."""
-    shapes = {tuple(part): None for part in parts}
-    for key in dict.fromkeys(key for shape in shapes for key in shape):
-        name, values = prefix + key, [part.get(key) for part in parts]
-        kinds = set(map(type, values))
-        nested = kinds & _NESTED if name not in _WHOLE else set()
-        if not nested:
-            yield name, values
-            continue
-        if kinds - nested - {NoneType}:
-            yield name, [None if type(value) in nested else value for value in values]
-        yield from _columns([_inside(value) for value in values], name + ".")
-
-
-def _inside(value: Any) -> Mapping[str, Any]:
-    """What lies below a value; nothing below a number, a text or null."""
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, Parameters):
-        return vars(value) | {"fraction": value.fraction}
-    return vars(value) if type(value) in _NESTED else {}
-
-
-_NESTED = {dict, Metrics, Privacy, Parameters, Cost}
-_WHOLE = (
-    "privacy.groups",
-    "privacy.plan",
-    "privacy.accountants",
-    "provenance.versions",
-    "provenance.lock",
-    "config.data.columns",
-)
-
-
-@functools.cache
-def code_version() -> str:
-    """Twelve hexadecimal digits of the source files that can change a run's numbers, as they are at the first call."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package)
-        if name.parts[0] not in NOT_NUMBERS:
-            digest.update(f"{name.as_posix()} {path.stat().st_size} ".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-NOT_NUMBERS = (
-    *("report", "cli.py", "sweep.py", "search.py", "status.py", "tracking.py", "lease.py", "sync.py"),
-    *("progress.py", "watch.py", "slurm.py", "installation.py", "extras.py"),
-)
-"""Parts of the package that only look at runs, or decide when they are done."""
 
 
 def _parse(content: dict[str, Any]) -> RunRecord:

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from dptune.config import Config, ConfigError
+from dptune.config.schema import Config, ConfigError
 
 MODULES = {
     "gguf": ("gguf",),

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dptune.config import TrackingConfig
-from dptune.records import ADAPTER_FOLDER, RECORD_FILE, RunRecord
+from dptune.config.schema import TrackingConfig
+from dptune.records.record import ADAPTER_FOLDER, RECORD_FILE, RunRecord
 
 
 class Tracker(Protocol):

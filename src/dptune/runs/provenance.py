@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 
-from dptune.config import Config
+from dptune.config.schema import Config
 from dptune.installation import unlike_lock
-from dptune.preparation import Prepared
-from dptune.records import (
-    code_version,
-)
+from dptune.records.code import code_version
+from dptune.runs.setup import Prepared
 
 
 def provenance(config: Config, prepared: Prepared, overrides: Sequence[str]) -> dict[str, Any]:

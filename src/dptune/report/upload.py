@@ -16,15 +16,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dptune.config import ConfigError, TrackingConfig, strict
-from dptune.extras import require
-from dptune.lease import claimed
-from dptune.records import RECORD_FILE, RunFailed, read, write_atomically
+from dptune.config.checks import strict
+from dptune.config.extras import require
+from dptune.config.schema import ConfigError, TrackingConfig
+from dptune.records.files import write_atomically
+from dptune.records.lock import claimed
+from dptune.records.mirror import WandbTracker, file_hash, has_account, open_run, wandb_table
+from dptune.records.record import RECORD_FILE, RunFailed, read
 from dptune.report.commands import Request, selected, titled
 from dptune.report.render import to_csv
 from dptune.report.results import history
 from dptune.report.tables import Table, main_table
-from dptune.tracking import WandbTracker, file_hash, has_account, open_run, wandb_table
 
 MARKER = ".wandb-uploaded"
 """File beside a record, and with a sweep's name beside all runs: by destination, the hash of what was uploaded."""

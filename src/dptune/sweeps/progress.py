@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dptune.records import RunFailed
+from dptune.records.record import RunFailed
 
 
 class Display:

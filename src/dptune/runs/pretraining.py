@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dptune import evaluation
-from dptune.config import CHECKSUMS, SHIPPED, EvaluationConfig, ModelConfig
+from dptune.config.schema import CHECKSUMS, SHIPPED, EvaluationConfig, ModelConfig
 from dptune.data import supportdesk, templates
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
@@ -137,7 +137,7 @@ in seconds. It is the public starting point of dptune's embedded benchmark, and 
 - **Data**: {recipe.records:,} made-up records of a customer-support desk, from the organisations
   {", ".join(supportdesk.PUBLIC_ORGANISATIONS)} (`dptune.data.supportdesk.public({recipe.seed}, {recipe.records})`).
   They are public. It has seen no record of the organisations `dev` and `private`.
-- **Recipe**: `dptune.pretraining.RECIPES["{recipe.name}"]`:
+- **Recipe**: `dptune.runs.pretraining.RECIPES["{recipe.name}"]`:
   `{json.dumps(asdict(recipe))}`
 - **Made with**: {", ".join(f"{name} {version}" for name, version in versions.items())}, one thread. Weights are
   rounded once to float16. Another CPU makes other weights: `make backbones` says how far off.

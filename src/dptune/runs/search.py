@@ -22,19 +22,22 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from dptune.config import Config, ConfigError, is_public, local_key, noise_mode, run_id, strict
-from dptune.extras import check_extras
-from dptune.guarantee import make_plan
-from dptune.preparation import data_of
+from dptune.config.checks import strict
+from dptune.config.extras import check_extras
+from dptune.config.schema import Config, ConfigError, is_public, noise_mode
+from dptune.identity import local_key, run_id
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.events import Event
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 from dptune.privacy.streams import KeyRing, Purpose
-from dptune.progress import NotDone, tried
-from dptune.records import RunFailed, RunRecord, read, summary, write_atomically
-from dptune.run import LOG_FILE, run
-from dptune.run import summary as in_one_line
-from dptune.sweep import Job, released_by
+from dptune.records.files import write_atomically
+from dptune.records.record import RunFailed, RunRecord, read, summary
+from dptune.runs.privacy import make_plan
+from dptune.runs.run import LOG_FILE, run
+from dptune.runs.run import summary as in_one_line
+from dptune.runs.setup import data_of
+from dptune.sweeps.expand import Job, released_by
+from dptune.sweeps.progress import NotDone, tried
 
 SECRET_FOLDER = "NON_PRIVATE_trials"
 """Folder, inside the output folder, of all trials of all searches."""

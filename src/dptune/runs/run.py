@@ -19,24 +19,24 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from dptune import evaluation, tracking
-from dptune.config import Config, run_id
+from dptune import evaluation
+from dptune.config.schema import Config
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import load as load_data
-from dptune.guarantee import describe, epsilon_marks, privacy_of, score_epsilon, spent
-from dptune.lease import Claim, ClaimLost, claimed, holder
+from dptune.identity import run_id
 from dptune.models import adapters
 from dptune.models.state import AdapterState
-from dptune.preparation import Prepared, load_backbone, make_engine, prepare, training_layout, training_rows
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.selection import noisy_score
-from dptune.progress import in_time
-from dptune.provenance import peak_memory_mb, provenance
-from dptune.records import (
+from dptune.records import mirror as tracking
+from dptune.records.code import code_version
+from dptune.records.files import write_atomically
+from dptune.records.lock import Claim, ClaimLost, claimed, holder
+from dptune.records.record import (
     ADAPTER_FOLDER,
     EVALUATION_FILE,
     HISTORY_FILE,
@@ -45,10 +45,12 @@ from dptune.records import (
     Metrics,
     Privacy,
     RunRecord,
-    code_version,
     read,
-    write_atomically,
 )
+from dptune.runs.privacy import describe, epsilon_marks, privacy_of, score_epsilon, spent
+from dptune.runs.provenance import peak_memory_mb, provenance
+from dptune.runs.setup import Prepared, load_backbone, make_engine, prepare, training_layout, training_rows
+from dptune.sweeps.progress import in_time
 from dptune.training import checkpoint
 from dptune.training.checkpoint import Checkpoint, CheckpointError
 from dptune.training.loop import Step, train
