@@ -1,4 +1,4 @@
-"""What names a run: a hash of everything that can change its numbers, data and model by their content. No torch here."""
+"""What names a run: a hash of all that can change its numbers, data and model by their content. No torch here."""
 
 from __future__ import annotations
 

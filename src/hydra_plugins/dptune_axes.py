@@ -1,4 +1,4 @@
-"""A Hydra sweeper that joins several small grids; see dptune.sweeps.expand. Hydra finds it by its place in `hydra_plugins`."""
+"""A Hydra sweeper that joins several small grids; see dptune.sweeps.expand. Hydra finds it by its place."""
 
 import os
 import sys

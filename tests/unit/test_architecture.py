@@ -9,42 +9,26 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "dptune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# config ◀ {data, models, tracking, records} ◀ {training, evaluation} ◀ run ◀ cli; privacy stands alone.
-ALLOWED = {
+# Rooms stand on floors: each imports from those that it names, all of them below. privacy stands alone.
+ALLOWED: dict[str, set[str]] = {
     "config": set(),
-    "records": {"config"},
-    "installation": set(),
-    "extras": {"config"},
-    "lease": set(),
     "privacy": set(),
-    "data": {"config", "extras"},
-    "models": {"config", "records", "data", "extras"},
-    "tracking": {"config", "records"},
-    "training": {"config", "records", "data", "models", "privacy"},
-    "text_metrics": set(),
-    "evaluation": {"config", "records", "data", "text_metrics"},
-    "sweep": {"config"},
-    "progress": {"records"},
-    "watch": {"records", "lease", "sweep", "guarantee", "progress", "status"},
-    "status": {"records", "lease", "sweep"},
-    "report": {"config", "records", "sweep", "privacy", "extras"},
-    "guarantee": {"config", "records", "data", "privacy"},
-    "preparation": {"config", "records", "data", "models", "privacy", "guarantee", "extras", "text_metrics"},
-    "provenance": {"config", "records", "preparation", "installation"},
-    "run": {
-        *("config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"),
-        *("guarantee", "preparation", "provenance", "text_metrics", "progress"),
+    "records": {"config"},
+    "identity": {"config"},
+    "data": {"config", "identity"},
+    "models": {"config", "data", "identity", "records"},
+    "evaluation": {"config", "data", "records"},
+    "training": {"config", "data", "models", "privacy", "records"},
+    "sweeps": {"config", "identity", "records"},
+    "report": {"config", "privacy", "records", "sweeps"},
+    "installation": set(),
+    "runs": {
+        *("config", "identity", "records", "privacy", "data", "models", "training", "evaluation", "sweeps"),
+        "installation",
     },
-    "search": {"config", "records", "extras", "privacy", "sweep", "guarantee", "preparation", "run", "progress"},
-    "sync": {"config", "records", "lease", "tracking", "report", "extras"},
-    "slurm": set(),
-    "pretraining": {"config", "data", "models", "evaluation"},
-    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "extras", "progress", "watch"},
+    "cli": {"config", "records", "runs", "sweeps", "report"},
 }
-LIGHT = [
-    *("config", "extras", "installation", "records", "lease", "sweep", "status", "guarantee", "report", "sync"),
-    *("progress", "watch", "slurm"),
-]
+LIGHT = ["config", "identity", "records", "sweeps", "runs.privacy", "runs.watch", "report", "installation"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 
@@ -113,7 +97,7 @@ def test_only_the_privacy_package_draws_noise_or_batches() -> None:
         # Generates the embedded public stand-in records.
         Path("data/supportdesk.py"),
         # Pretrains the embedded backbone on the public split.
-        Path("pretraining.py"),
+        Path("runs/pretraining.py"),
         # Initial weights of adapters, under a public seed.
         Path("models/own_adapters.py"),
         Path("models/peft_adapters.py"),

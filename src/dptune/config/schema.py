@@ -16,7 +16,7 @@ EMBEDDED = ("tiny", "nano")
 """Backbones that are shipped with the package."""
 
 
-SHIPPED, CHECKSUMS = Path(__file__).parent / "models" / "shipped", "SHA256SUMS"
+SHIPPED, CHECKSUMS = Path(__file__).parents[1] / "models" / "shipped", "SHA256SUMS"
 """Folder of the shipped backbones, and the file in each that has the hashes of the others."""
 
 

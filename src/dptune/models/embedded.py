@@ -1,7 +1,7 @@
 """The embedded backbones, shipped with the package: the same weights, and so the same runs, on every machine.
 
-`dptune.runs.pretraining` made them from public records alone, so that using them costs no privacy budget; the model card in
-each folder has the recipe.
+`dptune.runs.pretraining` made them from public records alone, so that using them costs no privacy budget; the model
+card in each folder has the recipe.
 """
 
 import functools

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @functools.cache
 def code_version() -> str:
     """Twelve hexadecimal digits of the source files that can change a run's numbers, as they are at the first call."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package)

@@ -38,7 +38,7 @@ from dptune.identity import run_id
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
 
-ROOT = next(folder for folder in (Path(__file__).parent, Path(__file__).parents[2]) if (folder / "conf").is_dir())
+ROOT = next(folder for folder in (Path(__file__).parents[1], Path(__file__).parents[3]) if (folder / "conf").is_dir())
 """Where `conf/` and `sweeps/` lie: in the repository, or inside an installed package."""
 
 ConfigStore.instance().store(name="schema", node=Config)
