@@ -94,18 +94,6 @@ def test_a_summary_is_what_the_record_says(tmp_path: Path, text: str) -> None:
     assert isinstance(found, RecordError) and found.folder == tmp_path / "a"
 
 
-def test_the_version_of_the_code_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "dptune"
-    shutil.copytree(Path(records.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
-    version = code_version.__wrapped__
-    assert version() == code_version()
-    (package / "report" / "tables.py").write_text("")
-    assert version() == code_version()
-    (package / "privacy" / "plan.py").write_text("")
-    assert version() != code_version()
-
-
 def test_ten_thousand_records_take_a_second_of_computing(tmp_path: Path) -> None:
     write(tmp_path / "outputs" / "0", "done", config={"x": {str(key): "value" * 4 for key in range(200)}})
     content = (tmp_path / "outputs" / "0" / "record.json").read_bytes()
