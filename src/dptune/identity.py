@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +16,9 @@ from dptune.config.schema import CHECKSUMS, EMBEDDED, SHIPPED, Config, is_public
 
 NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
 """Parts of the config that do not name a run: they cannot change its numbers."""
+
+KEY_FILE = ".fingerprint-key"
+"""Name of the file that holds the key of hashes of private data, in the output folder."""
 
 
 def run_id(config: Config) -> str:
@@ -42,23 +44,43 @@ def run_id(config: Config) -> str:
 
 
 def local_key(output_root: Path) -> bytes:
-    """32 secret bytes that stay beside the runs, made at first use.
+    """32 secret bytes that stay beside the runs, kept from the first run on; until then those of this process.
 
     A plain hash of private records is an exact function of them: whoever knows all records but one could test guesses
     of that one. What is published therefore carries hashes under this key.
     """
-    path = output_root / ".fingerprint-key"
     try:
-        return path.read_bytes()
+        return (output_root / KEY_FILE).read_bytes()
     except FileNotFoundError:
-        output_root.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.touch(mode=0o600)
-        draft.write_bytes(secrets.token_bytes(32))
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)  # Of two processes the first wins, and both read its key.
+        return _new_key(output_root.absolute())
+
+
+def keep_local_key(config: Config) -> bool:
+    """Write the key that names runs on private data, once and for all; what makes runs calls it before it makes any.
+
+    Returns:
+        Whether another process was faster, so that names that this one has given already no longer hold.
+    """
+    output_root = Path(config.compute.output_root)
+    path = output_root / KEY_FILE
+    if is_public(config.data) or path.exists():
+        return False
+    output_root.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.touch(mode=0o600)
+    draft.write_bytes(_new_key(output_root.absolute()))
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return True
+    finally:
         draft.unlink()
-        return path.read_bytes()
+    return False
+
+
+@functools.cache
+def _new_key(output_root: Path) -> bytes:
+    return secrets.token_bytes(32)
 
 
 def keyed_hash(key: bytes, parts: Iterable[str]) -> str:
@@ -69,14 +91,20 @@ def keyed_hash(key: bytes, parts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-@functools.cache
 def content_hash(path: Path) -> str:
     """Hash of a file, or of a model folder by its small files and the head and tail of its large ones."""
+    files = [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file())
+    return _hash_of(path, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """The hash of some files as they are at these sizes and times of change."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file()):
-        digest.update(f"{file.name if path.is_dir() else ''} {file.stat().st_size} ".encode())
+    for file, size, _ in files:
+        digest.update(f"{file.name if file != path else ''} {size} ".encode())
         with file.open("rb") as stream:
-            if path.is_file() or file.stat().st_size < 1 << 24:
+            if file == path or size < 1 << 24:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
             else:
                 # Weights of a trained model differ everywhere; reading gigabytes to name a run would be slow.

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from dptune.config.checks import strict
 from dptune.config.schema import Config, ConfigError, has_fixed_batches, noise_mode
-from dptune.identity import run_id
+from dptune.identity import keep_local_key, run_id
 
 
 def tree(*overrides: str):
@@ -89,11 +89,24 @@ def test_run_id_follows_the_content_of_a_file_not_its_place(tmp_path: Path) -> N
     here = ["data.name=jsonl", "data.train_size=null", f"compute.output_root={tmp_path / 'outputs'}"]
     ids = [run_id(strict(tree(f"data.path={path}", *here))) for path in (one, same, other)]
     assert ids[0] == ids[1] != ids[2]
+    # Naming writes nothing; what makes runs keeps the key, under which the names stay.
+    assert not (tmp_path / "outputs").exists()
+    assert not keep_local_key(strict(tree(f"data.path={one}", *here)))
+    assert run_id(strict(tree(f"data.path={one}", *here))) == ids[0]
     # The key stays beside the runs; under another one the same file has another name.
     key = tmp_path / "outputs" / ".fingerprint-key"
     assert len(key.read_bytes()) == 32 and key.stat().st_mode & 0o077 == 0
     key.write_bytes(bytes(32))
     assert run_id(strict(tree(f"data.path={one}", *here))) != ids[0]
+
+
+def test_a_file_that_was_changed_has_another_name_in_the_same_process(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("a")
+    config = strict(tree("data.name=jsonl", "data.train_size=null", f"data.path={file}", "data.public=true"))
+    before = run_id(config)
+    file.write_text("ab")
+    assert run_id(config) != before
 
 
 def test_noise_of_private_data_is_secure_unless_told_otherwise(tmp_path: Path) -> None:

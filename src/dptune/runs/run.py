@@ -23,7 +23,7 @@ from dptune import evaluation
 from dptune.config.schema import Config
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import load as load_data
-from dptune.identity import run_id
+from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
 from dptune.models.state import AdapterState
 from dptune.privacy.accounting import rounded_up
@@ -85,6 +85,7 @@ def run(
         OSError: when the run's folder cannot be written.
     """
     torch.set_num_threads(config.compute.threads)
+    keep_local_key(config)
     with joined() as ranks:
         if not ranks.first:
             return follow(config, ranks)
