@@ -2,14 +2,12 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dptune.records import record as records
 from dptune.records.code import code_version
 from dptune.records.lock import claimed
 from dptune.records.record import RecordError, RunRecord, summaries, summary
