@@ -100,7 +100,7 @@ def why_failed(record: RunRecord, config: Config) -> str:
 
 def one_run(config: Config) -> None:
     """Do a run and print its summary. Raises RunFailed after the record of a failed run is written."""
-    from dptune.runs.run import run, summary
+    from dptune.runs.run import in_one_line, run
 
     with Display() as display:
         record = run(
@@ -112,7 +112,7 @@ def one_run(config: Config) -> None:
     if record.status == "failed":
         raise RunFailed(f"run {record.run_id} failed: {why_failed(record, config)}")
     if os.environ.get("RANK", "0") == "0":
-        print(f"{record.run_id}  {summary(record)}", flush=True)
+        print(f"{record.run_id}  {in_one_line(record)}", flush=True)
 
 
 def status(argv: Sequence[str]) -> None:
@@ -128,9 +128,9 @@ def status(argv: Sequence[str]) -> None:
         raise ConfigError(f"status {' '.join(names)}: give at most one sweep, and overrides as key=value")
     every = watch_every(flags)
     if names:
-        from dptune.sweeps.expand import load
+        from dptune.sweeps.expand import jobs_of_sweep
 
-        jobs = load(names[0], arguments)
+        jobs = jobs_of_sweep(names[0], arguments)
         print(status.of_sweep(names[0], jobs, arguments), flush=True)
         if every is not None:
             from dptune.runs.watch import look_on

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dptune.data.batches import Layout, collate, token_log_probabilities
+from dptune.data.batches import InputFormat, collate, token_log_probabilities
 from dptune.data.encoding import Encoded, encode
 from dptune.data.schema import Example
 from dptune.data.templates import prompt_of, response_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Answer:
     """What the model made of one example."""
 
     task: str
@@ -34,7 +34,7 @@ class Judgement:
     """The input does not occur in the training split; None where that must not be told."""
 
 
-def judged(examples: Sequence[Example], prompts: int | None) -> list[Example]:
+def evaluated_examples(examples: Sequence[Example], prompts: int | None) -> list[Example]:
     """The test records that are judged: those with options, and all that share one of a task's first free prompts.
 
     Args:
@@ -49,18 +49,18 @@ def judged(examples: Sequence[Example], prompts: int | None) -> list[Example]:
 
 
 @torch.no_grad()
-def judge(
+def evaluate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     seen_inputs: Collection[str] | None,
     *,
-    layout: Layout,
+    layout: InputFormat,
     sequence_length: int,
     batch_size: int,
     max_new_tokens: int,
     template: str = "plain",
-) -> tuple[list[Judgement], list[Written]]:
+) -> tuple[list[Answer], list[Written]]:
     """One judgement an example, in their order, and what was written for each prompt of free form.
 
     Args:
@@ -109,7 +109,7 @@ def judge(
         references = tuple(examples[index].output for index in indices)
         written.append(Written(examples[indices[0]].task, output.strip(), references))
     judgements = [
-        Judgement(
+        Answer(
             task=example.task,
             correct=is_correct(answers[index], example),
             loss=losses[index],
@@ -124,7 +124,7 @@ def greedy(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    layout: Layout,
+    layout: InputFormat,
     sequence_length: int,
     batch_size: int,
     max_new_tokens: int,
@@ -176,7 +176,7 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
-def summarise(judgements: Sequence[Judgement], written: Sequence[Written] = ()) -> Metrics:
+def metrics_of(judgements: Sequence[Answer], written: Sequence[Written] = ()) -> Metrics:
     """Macro averages over tasks. Raises ValueError when there is nothing to average."""
     accuracies = _accuracy_by_task(judgements)
     texts = by_task(written)
@@ -199,7 +199,7 @@ def summarise(judgements: Sequence[Judgement], written: Sequence[Written] = ()) 
     )
 
 
-def _accuracy_by_task(judgements: Sequence[Judgement]) -> dict[str, float]:
+def _accuracy_by_task(judgements: Sequence[Answer]) -> dict[str, float]:
     correct: dict[str, list[bool]] = defaultdict(list)
     for item in judgements:
         correct[item.task].append(item.correct)

@@ -130,7 +130,7 @@ def refuse_torchrun() -> None:
 
 
 def _is_done(job: "Job") -> bool:
-    from dptune.records.record import summary
+    from dptune.records.record import run_state
 
-    seen = summary(Path(job.config.compute.output_root) / job.run_id)
+    seen = run_state(Path(job.config.compute.output_root) / job.run_id)
     return seen is not None and seen.status == "done"

@@ -86,10 +86,10 @@ def test_what_is_left_out_is_said(model_folder: Path, tmp_path: Path) -> None:
     import dataclasses
 
     from dptune.records.lock import Holder
-    from dptune.sweeps.expand import load
+    from dptune.sweeps.expand import jobs_of_sweep
 
     command = sweep(model_folder, tmp_path, "environment.seed=0", "privacy=uniform")
-    (job,) = load("smoke", [item for item in command if "=" in item and not item.startswith("sweeps=")])
+    (job,) = jobs_of_sweep("smoke", [item for item in command if "=" in item and not item.startswith("sweeps=")])
     folder = tmp_path / job.run_id
     folder.mkdir()
     (folder / ".claim.0").write_text(json.dumps(dataclasses.asdict(Holder("node7", 12, "today", "node7 x y", "1"))))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dptune.config.schema import Config
-from dptune.data.sources import load
+from dptune.data.sources import load_dataset
 from dptune.models import adapters
 from dptune.runs import run
 
@@ -73,7 +73,7 @@ def test_a_fresh_process_gets_the_recorded_accuracy(config: Config, model_folder
     folders = [(kind, str(root / record.run_id / "adapter"), kind in OURS) for kind, record in records.items()]
     examples = [
         (item.task, item.instruction, item.input, item.options, item.output)
-        for item in load(config).test
+        for item in load_dataset(config).test
         if item.options
     ]
     found = subprocess.run(

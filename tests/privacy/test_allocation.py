@@ -14,8 +14,8 @@ from dptune.privacy.accounting import Event, delta
 from dptune.privacy.allocation import (
     AllocationState,
     Group,
+    PrecisionBudget,
     PrecisionError,
-    PrecisionLedger,
     PrecisionRow,
     clamp_weights,
     debiased_energy,
@@ -39,7 +39,7 @@ RULES = ("uniform", "equal_budget", "min_energy", "equal_snr")
 
 def ledger(sensitivities, stds):
     rows = zip(sensitivities, stds, strict=True)
-    return PrecisionLedger(tuple(PrecisionRow(f"row {i}", *map(float, row)) for i, row in enumerate(rows)))
+    return PrecisionBudget(tuple(PrecisionRow(f"row {i}", *map(float, row)) for i, row in enumerate(rows)))
 
 
 def numbers(low, high):

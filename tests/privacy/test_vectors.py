@@ -15,7 +15,7 @@ from scipy import fft, special
 
 from dptune.privacy import accounting, allocation, audit, selection, subspace
 from dptune.privacy.accounting import Event
-from dptune.privacy.allocation import PrecisionLedger, PrecisionRow
+from dptune.privacy.allocation import PrecisionBudget, PrecisionRow
 from dptune.privacy.clipping import MARGIN, ClipRule
 from dptune.privacy.estimates import epsilon_edgeworth, epsilon_gdp_clt, gaussian_epsilon, gdp_clt_mu
 from dptune.privacy.filters import RenyiFilter
@@ -267,7 +267,7 @@ def noise_allocation(v: Vector) -> None:
         near(v, value, target)
     near(v, float(np.dot(i["w"], np.array(i["d"]) * stds**2)), expected["energy"])
     rows = tuple(PrecisionRow(str(g), c, s) for g, (c, s) in enumerate(zip(i["C"], stds, strict=True)))
-    near(v, PrecisionLedger(rows).effective_noise_multiplier, expected["sigma_eff"])
+    near(v, PrecisionBudget(rows).effective_noise_multiplier, expected["sigma_eff"])
 
 
 def joint_thresholds(v: Vector) -> None:
@@ -300,12 +300,12 @@ def shares(v: Vector) -> None:
     for value, target in zip(stds, v["expected"]["s"], strict=True):
         near(v, value, target)
     rows = [PrecisionRow(str(n), row["Delta"], s) for n, (row, s) in enumerate(zip(i["rows"], stds, strict=True))]
-    near(v, PrecisionLedger(tuple(rows)).effective_noise_multiplier, v["expected"]["sigma_eff"])
+    near(v, PrecisionBudget(tuple(rows)).effective_noise_multiplier, v["expected"]["sigma_eff"])
 
 
 def bits_of_noise(v: Vector) -> None:
     i = v["inputs"]
-    bits = PrecisionLedger(tuple(PrecisionRow(str(g), 0.5, i["sigma_b"]) for g in range(i["G"])))
+    bits = PrecisionBudget(tuple(PrecisionRow(str(g), 0.5, i["sigma_b"]) for g in range(i["G"])))
     near(v, bits.remaining(i["z"]), v["expected"])
 
 
@@ -313,7 +313,7 @@ def bits_of_share(v: Vector) -> None:
     i = v["inputs"]
     std = allocation.share_std(i["z"], 0.5, i["phi"] / i["G"])
     near(v, std, v["expected"]["sigma_b"])
-    bits = PrecisionLedger(tuple(PrecisionRow(str(g), 0.5, std) for g in range(i["G"])))
+    bits = PrecisionBudget(tuple(PrecisionRow(str(g), 0.5, std) for g in range(i["G"])))
     near(v, bits.remaining(i["z"]), v["expected"]["z_delta"])
 
 
@@ -346,7 +346,7 @@ def clip_groups(v: Vector) -> None:
 def clip_scaled_flat(v: Vector) -> None:
     i, expected = v["inputs"], v["expected"]
     rows = tuple(PrecisionRow(str(g), c, s) for g, (c, s) in enumerate(zip(i["C"], i["s"], strict=True)))
-    sigma = PrecisionLedger(rows).effective_noise_multiplier
+    sigma = PrecisionBudget(rows).effective_noise_multiplier
     near(v, sigma, expected["sigma_eff"])
     rule = ClipRule("scaled_flat", tuple(i["C"]), tuple(i["C"]), tuple(s / sigma for s in i["s"]), 0.0)
     assert_parts(v, clipped(rule, i["u"]), expected["out"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dptune.records import lock as lease
-from dptune.records.lock import ClaimLost, claimed, holder
+from dptune.records.lock import LockLost, holder, locked
 
 HOLD = """
 import sys, time
@@ -41,22 +41,22 @@ def written_elsewhere(folder: Path, age: float) -> Path:
 
 
 def test_a_claim_excludes_others_until_it_ends(tmp_path: Path) -> None:
-    with claimed(tmp_path) as mine:
+    with locked(tmp_path) as mine:
         assert mine is not None
         mine.check()
-        with claimed(tmp_path) as second:
+        with locked(tmp_path) as second:
             assert second is None
         found = holder(tmp_path)
         assert found is not None and (found.host, found.pid) == (socket.gethostname(), os.getpid())
         assert f"process {os.getpid()} on " in str(found)
     assert holder(tmp_path) is None and not list(tmp_path.iterdir())
-    with claimed(tmp_path) as again:
+    with locked(tmp_path) as again:
         assert again is not None
 
 
 def test_another_process_is_excluded_until_it_is_killed(tmp_path: Path) -> None:
     other = hold(tmp_path)
-    with claimed(tmp_path) as mine:
+    with locked(tmp_path) as mine:
         assert mine is None
     found = holder(tmp_path)
     assert found is not None and found.pid == other.pid
@@ -64,7 +64,7 @@ def test_another_process_is_excluded_until_it_is_killed(tmp_path: Path) -> None:
     # Its remains are still there: nobody has waited for it.
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
     assert holder(tmp_path) is None
-    with claimed(tmp_path) as mine:
+    with locked(tmp_path) as mine:
         assert mine is not None and mine.path.name == ".claim.1"
     other.communicate()
 
@@ -73,34 +73,34 @@ def test_another_process_is_excluded_until_it_is_killed(tmp_path: Path) -> None:
 def test_a_claim_of_another_machine_ends_when_it_is_not_renewed(tmp_path: Path, age: float, free: bool) -> None:
     written_elsewhere(tmp_path, age)
     assert (holder(tmp_path) is None) is free
-    with claimed(tmp_path) as mine:
+    with locked(tmp_path) as mine:
         assert (mine is not None) is free
 
 
 def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) -> None:
-    with claimed(tmp_path) as mine:
+    with locked(tmp_path) as mine:
         assert mine is not None
         mine.path.write_text(json.dumps({**json.loads(mine.path.read_text()), "born": "1"}))
-        with claimed(tmp_path) as second:
+        with locked(tmp_path) as second:
             assert second is not None
 
 
 def test_a_claim_that_is_being_written_counts(tmp_path: Path) -> None:
     (tmp_path / ".claim.0").touch()
-    with claimed(tmp_path) as mine:
+    with locked(tmp_path) as mine:
         assert mine is None
 
 
 def test_who_was_taken_for_dead_must_not_write_and_leaves_the_new_claim_alone(tmp_path: Path) -> None:
-    with claimed(tmp_path) as old:
+    with locked(tmp_path) as old:
         assert old is not None
         os.utime(old.path, (1, 1))
-        with claimed(tmp_path) as new:
+        with locked(tmp_path) as new:
             assert new is not None
             new.check()
-            with pytest.raises(ClaimLost, match="took the run over"):
+            with pytest.raises(LockLost, match="took the run over"):
                 old.check()
-    with claimed(tmp_path) as third:
+    with locked(tmp_path) as third:
         assert third is not None
 
 
@@ -118,7 +118,7 @@ def test_a_stopped_process_is_found_dead_after_a_while_only(tmp_path: Path) -> N
 
 def test_claims_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT", 0.02)
-    with claimed(tmp_path) as mine:
+    with locked(tmp_path) as mine:
         assert mine is not None
         os.utime(mine.path, (1, 1))
         limit = time.monotonic() + 10

@@ -50,7 +50,7 @@ def test_what_is_shipped_is_small_and_has_sixteen_bits(name, most):
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_what_is_shipped_is_read_into_single_precision_and_named_by_its_content(name, tmp_path):
-    loaded = backbones.load(ModelConfig(name), precision="float32", device="cpu", cache_dir=tmp_path)
+    loaded = backbones.load_backbone(ModelConfig(name), precision="float32", device="cpu", cache_dir=tmp_path)
     assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size <= RECIPES[name].vocabulary
     assert loaded.model.config.num_hidden_layers == RECIPES[name].layers

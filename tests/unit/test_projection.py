@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dptune.config.checks import strict
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import Layout
+from dptune.data.batches import InputFormat
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.events import Event
@@ -88,7 +88,7 @@ def test_each_projection_sees_the_data_that_it_may(name: str, kind: type, seen: 
         engine=engine,
         private_rows=[Encoded((row, 1, 2), 1) for row in range(7)],
         public_rows=lambda: [Encoded((row, 1, 2), 1) for row in range(100, 120)],
-        layout=Layout(pad=0),
+        layout=InputFormat(pad=0),
     )
     assert type(projection) is kind
     assert sorted(tokens) == seen

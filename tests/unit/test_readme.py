@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dptune.sweeps.expand import ROOT, load
+from dptune.sweeps.expand import ROOT, jobs_of_sweep
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.removeprefix("$ ").split("  #")[0] for line in README.splitlines() if line.startswith("$ ")]
@@ -23,7 +23,7 @@ def test_the_readme_has_commands() -> None:
 @pytest.mark.parametrize("arguments", DPTUNE, ids=" ".join)
 def test_a_dptune_command_composes(arguments: list[str]) -> None:
     if arguments[:1] == ["table"]:
-        assert load(arguments[1])
+        assert jobs_of_sweep(arguments[1])
         return
     overrides = [re.sub(r"=([^=,]+),.*", r"=\1", item) for item in arguments if "=" in item]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -37,7 +37,7 @@ def test_a_make_command_has_its_target_and_variables(arguments: list[str]) -> No
         name, _, value = argument.partition("=")
         assert re.search(rf"^{name}\s*(:|\?=)", makefile, re.MULTILINE)
         if name == "SWEEP":
-            assert load(value)
+            assert jobs_of_sweep(value)
 
 
 def test_links_lead_to_files() -> None:

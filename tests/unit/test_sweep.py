@@ -10,7 +10,7 @@ from dptune.config.schema import EMBEDDED, Config, ConfigError
 from dptune.identity import run_id
 from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS, TESTS
 from dptune.sweeps import expand as sweep
-from dptune.sweeps.expand import ROOT, expand, included, load, names, parts, without_hydra
+from dptune.sweeps.expand import ROOT, expand, included, jobs_of_sweep, names, parts, without_hydra
 
 FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
 HUB_MODELS = sorted(
@@ -57,10 +57,10 @@ def test_a_sweep_on_files_says_which_path_is_not_given(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.delenv("DPTUNE_MODEL")
         with pytest.raises(ConfigError, match=r"model.path: .* DPTUNE_MODEL is not set; set it, or give model.path="):
-            load("real/sst2")
+            jobs_of_sweep("real/sst2")
     monkeypatch.setenv("DPTUNE_DATA", str(tmp_path))
     with pytest.raises(ConfigError, match=r"data.path=.*sst2\* is not a file"):
-        load("real/sst2")
+        jobs_of_sweep("real/sst2")
 
 
 def test_sweeps_in_folders_are_found() -> None:
@@ -69,7 +69,7 @@ def test_sweeps_in_folders_are_found() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_every_sweep_composes_and_says_how_many_runs_it_has(name: str) -> None:
-    jobs = load(name)
+    jobs = jobs_of_sweep(name)
     claim, command, runs, time = header(name)
     assert claim and time and int(runs) == len(jobs)
     assert f"make sweep SWEEP={name}" in command
@@ -126,16 +126,17 @@ def test_a_sweep_may_be_made_of_others(folder: Path) -> None:
     write(folder / "all.yaml", "", "include: [both, some/seed]")
     write(folder / "set.yaml", "", "common: {hyperparameter.rank: 3, environment.seed: 7}, include: [some/seed]")
 
-    ids = {name: [job.run_id for job in load(name)] for name in names()}
+    ids = {name: [job.run_id for job in jobs_of_sweep(name)] for name in names()}
     assert ids["all"] == ids["both"] and ids["both"][1:] == ids["some/rank"] + ids["some/seed"]
-    assert {job.config.sweep for job in load("all")} == {"all"}
-    assert load("both")[1].config.adapter.target_modules == ["v_proj", "down_proj"]
+    assert {job.config.sweep for job in jobs_of_sweep("all")} == {"all"}
+    assert jobs_of_sweep("both")[1].config.adapter.target_modules == ["v_proj", "down_proj"]
     assert included("some/seed") == [{"environment.seed": "0,5"}, {"hyperparameter.rank": 9}]
 
-    own = [(job.config.hyperparameter.rank, job.config.environment.seed) for job in load("set")]
+    own = [(job.config.hyperparameter.rank, job.config.environment.seed) for job in jobs_of_sweep("set")]
     assert own == [(3, 0), (3, 5), (9, 7)], "an axis of an included file wins over `common`"
     told = [
-        (job.config.hyperparameter.rank, job.config.environment.seed) for job in load("set", ["environment.seed=1"])
+        (job.config.hyperparameter.rank, job.config.environment.seed)
+        for job in jobs_of_sweep("set", ["environment.seed=1"])
     ]
     assert told == [(3, 1), (9, 1)], "the command line wins over all"
 
@@ -147,15 +148,15 @@ def test_what_cannot_be_included_is_an_error(folder: Path) -> None:
     write(folder / "one.yaml", "", "include: [groups]")
     write(folder / "two.yaml", "", "include: [some/nope]")
     with pytest.raises(ConfigError, match="sweeps=groups cannot be included"):
-        load("one")
+        jobs_of_sweep("one")
     with pytest.raises(ConfigError, match="sweeps=some/nope does not exist; sweeps can be: groups, one, two"):
-        load("two")
+        jobs_of_sweep("two")
 
 
 def test_the_reference_is_the_same_run_in_all_dimensions() -> None:
     """Records of one dimension serve the others, so that claims compare under equal conditions."""
     dimensions = ("hyperparameter/rank", "environment/sequence_length", "data_sensitivity/fraction", "tasks")
-    shared = set.intersection(*({job.run_id for job in load(name)} for name in dimensions))
+    shared = set.intersection(*({job.run_id for job in jobs_of_sweep(name)} for name in dimensions))
     assert len(shared) == 2 * 3, "uniform and adaptive noise, three seeds"
 
 
@@ -169,7 +170,7 @@ def test_the_reference_is_the_same_run_in_all_dimensions() -> None:
 )
 def test_a_claim_about_stability_finds_its_conditions(name: str, field: str) -> None:
     conditions: dict[str, dict[str, set[int]]] = {"uniform": {}, "adaptive": {}}
-    for job in load(name, ["privacy.target_epsilon=8"] if name.endswith("rate") else []):
+    for job in jobs_of_sweep(name, ["privacy.target_epsilon=8"] if name.endswith("rate") else []):
         if job.config.privacy.enabled:
             group = dataclasses.asdict(getattr(job.config, field)) | {"seed": None}
             seeds = conditions[job.config.privacy.name].setdefault(repr(group), set())
@@ -211,7 +212,7 @@ def test_a_model_of_the_hub_is_pinned_and_without_network_one_clear_error(
 ) -> None:
     from hydra import compose, initialize_config_dir
 
-    from dptune.models.backbones import load as load_model
+    from dptune.models.backbones import load_backbone as load_model
 
     def composed(*overrides: str) -> Config:
         return strict(without_hydra(compose("config", [f"model={name}", *overrides])))
@@ -234,15 +235,15 @@ def test_an_unknown_sweep_is_an_error() -> None:
     from hydra.errors import HydraException
 
     with pytest.raises(HydraException, match="sweeps/nope"):
-        load("nope")
+        jobs_of_sweep("nope")
 
 
 def test_a_job_that_cannot_run_stops_the_sweep_before_it_starts() -> None:
     with pytest.raises(ConfigError, match="above the 512 training records"):
-        load("smoke", ["hyperparameter.expected_batch_size=64,600"])
+        jobs_of_sweep("smoke", ["hyperparameter.expected_batch_size=64,600"])
 
 
 def test_configs_and_sweeps_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(load("smoke")) == 4
+    assert len(jobs_of_sweep("smoke")) == 4
     assert sweep.ROOT.is_absolute()

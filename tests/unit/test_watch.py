@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dptune.config.schema import Config
-from dptune.records.lock import claimed
+from dptune.records.lock import locked
 from dptune.records.record import Metrics, Privacy, RunRecord
 from dptune.runs import watch
 from dptune.runs.watch import Watch, look_on
@@ -124,7 +124,7 @@ def test_a_watcher_sees_runs_of_others_to_their_end(
     monkeypatch.setattr("dptune.runs.watch.Display.show", lambda self, done, text: words.append(text))
 
     def others() -> None:
-        with claimed(tmp_path / "b"):
+        with locked(tmp_path / "b"):
             write(tmp_path, "b", "running")
             (tmp_path / "b" / "history.jsonl").write_text(
                 json.dumps({"step": 1}) + "\n" + json.dumps({"step": 2}) + "\n"

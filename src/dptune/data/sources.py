@@ -50,7 +50,7 @@ class Dataset:
         return keyed_hash(self.key, (json.dumps(astuple(example)) for split in splits for example in split))
 
 
-def load(config: Config, tokens: Callable[[Example], int] | None = None) -> Dataset:
+def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None) -> Dataset:
     """The data of a run, with its conditions applied.
 
     Args:

@@ -13,23 +13,23 @@ from peft import PeftModel
 from dptune.config.checks import check_adapter
 from dptune.config.schema import ADAPTERS, AdapterConfig, ConfigError, EnvironmentConfig
 from dptune.models import own_adapters, peft_adapters
-from dptune.models.layers import ARCHITECTURES, architecture_of, check_rows_are_independent
+from dptune.models.layers import ARCHITECTURES, check_rows_are_independent, model_type_of
 from dptune.models.pst import prune, pst
-from dptune.models.quantization import refuse_merging, rounded_layers
+from dptune.models.quantization import quantized_layers, refuse_merging
 from dptune.records.record import Parameters
 
 __all__ = [
     "KINDS",
     "AdapterKind",
     "after_step",
-    "architecture_of",
     "attach",
     "count",
     "engine_of",
-    "load",
+    "load_adapter",
+    "model_type_of",
     "save",
     "set_modes",
-    "trainable",
+    "trainable_parameters",
 ]
 
 Attach = Callable[[torch.nn.Module, AdapterConfig, int, int], torch.nn.Module]
@@ -117,7 +117,7 @@ def attach(model: torch.nn.Module, config: AdapterConfig, *, rank: int, steps: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = kind.attach(model.requires_grad_(False), config, rank, steps)
-    for parameter in trainable(adapted).values():
+    for parameter in trainable_parameters(adapted).values():
         parameter.data = parameter.data.float()
     refuse_merging(adapted)
     adapted.attached = Attached(config, rank, steps)  # type: ignore[assignment]  # not a submodule
@@ -149,7 +149,7 @@ def set_modes(model: torch.nn.Module) -> None:
             module.training = True
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Trained parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -157,12 +157,12 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def count(model: torch.nn.Module) -> Parameters:
     """Exact counts, of groups such as `lora_A` or `bias`, too; a tied parameter counts once, a rounded one as any."""
     groups: dict[str, int] = {}
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         parts = [part for part in name.split(".") if part not in ("weight", "default") and not part.isdigit()]
         groups[parts[-1]] = groups.get(parts[-1], 0) + parameter.numel()
     return Parameters(
         total=sum(parameter.numel() for parameter in model.parameters())
-        + sum(layer.shape.numel() for layer in rounded_layers(model).values()),
+        + sum(layer.shape.numel() for layer in quantized_layers(model).values()),
         trainable=sum(groups.values()),
         groups=groups,
     )
@@ -192,7 +192,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
         own_adapters.save(model, attached.config, attached.rank, attached.steps, folder)
 
 
-def load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     """The model with the adapter of a folder that `save` wrote, in evaluation mode.
 
     Args:
@@ -207,7 +207,7 @@ def load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         adapted = attach(model, config, rank=rank, steps=steps, seed=0)
         own_adapters.restore(adapted, folder)
     else:
-        adapted = peft_adapters.load(model, folder)
+        adapted = peft_adapters.load_peft_adapter(model, folder)
         refuse_merging(adapted)
     return adapted.eval()
 
@@ -219,8 +219,8 @@ def _attached(model: Any) -> Attached:
 
 def _check_model(config: AdapterConfig, model: torch.nn.Module) -> None:
     rules = ADAPTERS[config.name]
-    engine_of(config.name, architecture_of(model))
-    if rules.changes_matrices and (rounded := rounded_layers(model)):
+    engine_of(config.name, model_type_of(model))
+    if rules.changes_matrices and (rounded := quantized_layers(model)):
         name, layer = next(iter(rounded.items()))
         raise ConfigError(
             f"adapter={config.name} changes the backbone's own matrices, and that of {name} is rounded to "

@@ -19,7 +19,7 @@ Layers = dict[str, torch.nn.Module]
 """Layers by their name in the backbone."""
 
 
-def architecture_of(model: Any) -> str:
+def model_type_of(model: Any) -> str:
     """One of `ARCHITECTURES`; an encoder is what transformers calls `...ForMaskedLM`."""
     backbone = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(backbone.config, "is_encoder_decoder", False):

@@ -73,7 +73,7 @@ class PrecisionRow:
 
 
 @dataclass(frozen=True)
-class PrecisionLedger:
+class PrecisionBudget:
     """The precision budget of a step: sum_j (Delta_j / s_j)^2 = 1 / sigma^2 (SPECIFICATION.md 2.1, eq. 1)."""
 
     rows: tuple[PrecisionRow, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, moved, rows_of, trained
+from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, moved, rows_of, trainable_parameters
 
 
 class FixedShapeEngine:
@@ -77,7 +77,7 @@ def fixed_shape_engine(engine: Engine, model: torch.nn.Module, rows: Batch, othe
                 "environment.precision=float32 and environment.batch_shape=auto"
             )
 
-    with moved(trained(model)):
+    with moved(trainable_parameters(model)):
         first = fixed(rows)[1]
         check(rows, first, "chance")
         check(_further(rows), _further(first), "a row's place in its batch")

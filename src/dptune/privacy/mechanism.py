@@ -22,7 +22,7 @@ from torch import Tensor
 from dptune.privacy.allocation import (
     AllocationState,
     Group,
-    PrecisionLedger,
+    PrecisionBudget,
     PrecisionRow,
     Vector,
     clamp_weights,
@@ -254,7 +254,7 @@ class Mechanism:
         bits = self._bit_rows(public.bit_std)
         effective = 0.0
         if self.plan.private:
-            effective = PrecisionLedger(total.sensitivity.rows(public.stds) + bits).check(public.sigma)
+            effective = PrecisionBudget(total.sensitivity.rows(public.stds) + bits).check(public.sigma)
 
         released = [
             self._noised(values, float(std), step, group.name)
@@ -337,7 +337,7 @@ class Mechanism:
         allocation, tracker = self.plan.allocation, self.plan.quantile
         sigma = float(self._sigmas[self._next_step])
         bit_std = share_std(sigma, 0.5, tracker.share / len(self.groups)) if tracker else 0.0
-        gradient_sigma = PrecisionLedger(self._bit_rows(bit_std)).remaining(sigma)
+        gradient_sigma = PrecisionBudget(self._bit_rows(bit_std)).remaining(sigma)
         weights = self._weights()
         thresholds = np.asarray(self._state.thresholds)
         if allocation.rule == "joint" and tracker is not None:

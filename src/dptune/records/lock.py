@@ -1,8 +1,8 @@
-"""Which process does a run: a claim that one process holds at a time, also over a shared file system. No torch here.
+"""Which process does a run: a lock that one process holds at a time, also over a shared file system. No torch here.
 
-A claim is a file `.claim.<n>` in the run's folder, created exclusively. Its holder renews its time of change. A claim
+A lock is a file `.lock.<n>` in the run's folder, created exclusively. Its holder renews its time of change. A lock
 is dead when its process is gone, which only the same machine can tell, or when it was not renewed for `EXPIRY` seconds.
-Whoever finds claims 0 to n-1 dead creates number n; dead ones stay, so that of two processes that find the same ones
+Whoever finds locks 0 to n-1 dead creates number n; dead ones stay, so that of two processes that find the same ones
 dead only one succeeds, and the old holder, should it wake up again, sees that it was succeeded.
 """
 
@@ -24,21 +24,21 @@ from pathlib import Path
 HEARTBEAT = 20.0
 """Seconds between two renewals."""
 EXPIRY = 300.0
-"""Seconds after which a claim that was not renewed is dead, wherever its process is."""
+"""Seconds after which a lock that was not renewed is dead, wherever its process is."""
 
 
-class ClaimLost(BlockingIOError):
+class LockLost(BlockingIOError):
     """This process was taken for dead and another one does its run: it must not write any more."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process behind a claim."""
+    """The process behind a lock."""
 
     host: str
     pid: int
     since: str
-    """When it claimed the run, in UTC."""
+    """When it locked the run, in UTC."""
     place: str = ""
     """Names the machine since its start, and the process numbers that hold there; empty if that is not known."""
     born: str = ""
@@ -49,7 +49,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Claim:
+class RunLock:
     """A run folder that is this process's."""
 
     path: Path
@@ -61,13 +61,13 @@ class Claim:
             ClaimLost: when another process has taken over.
         """
         if _numbered(self.path.parent, _number(self.path) + 1).exists():
-            raise ClaimLost(
+            raise LockLost(
                 f"{self.path.parent}: this process was silent for too long and another one took the run over"
             )
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[Claim | None]:
+def locked(folder: Path) -> Iterator[RunLock | None]:
     """Hold a run folder for this process; yields None when another process holds it.
 
     Raises:
@@ -82,7 +82,7 @@ def claimed(folder: Path) -> Iterator[Claim | None]:
     renewal = threading.Thread(target=_renew, args=(path, stop), daemon=True)
     renewal.start()
     try:
-        yield Claim(path)
+        yield RunLock(path)
     finally:
         stop.set()
         renewal.join()
@@ -96,7 +96,7 @@ def holder(folder: Path) -> Holder | None:
 
 
 def _create(folder: Path) -> Path | None:
-    """A new claim, or None when there is a living one."""
+    """A new lock, or None when there is a living one."""
     me = json.dumps(dataclasses.asdict(_myself()))
     number = 0
     while True:
@@ -120,7 +120,7 @@ def _create(folder: Path) -> Path | None:
 
 
 def _numbered(folder: Path, number: int) -> Path:
-    return folder / f".claim.{number}"
+    return folder / f".lock.{number}"
 
 
 def _number(path: Path) -> int:
@@ -144,8 +144,8 @@ def _clock(folder: Path) -> float:
 
 
 def _living(folder: Path, now: float) -> Iterator[Holder]:
-    """Holders of claims that are not dead."""
-    for path in folder.glob(".claim.*"):
+    """Holders of locks that are not dead."""
+    for path in folder.glob(".lock.*"):
         try:
             text, age = path.read_text(encoding="utf-8"), now - path.stat().st_mtime
         except FileNotFoundError:

@@ -103,7 +103,7 @@ class WandbTracker(Mirror):
         """Write tables, summary and adapter, and close the run."""
         if record.metrics is not None:
             self._log({TASK_TABLE: wandb_table(TASK_COLUMNS, task_rows(record))}, self.last)
-        self.run.summary.update(summary(record, self.config.allow_private))
+        self.run.summary.update(mirrored_summary(record, self.config.allow_private))
         self.run.tags = tags(record)
         wanted = self.config.upload_adapters and (self.config.allow_private or releasable(record))
         if wanted and (self.folder / ADAPTER_FOLDER).is_dir():
@@ -142,7 +142,7 @@ class TrackioTracker(Mirror):
 
     def finish(self, record: RunRecord) -> None:
         """Write table and summary, of which Trackio draws the numbers, behind the last step, and close the run."""
-        results = summary(record, self.config.allow_private)
+        results = mirrored_summary(record, self.config.allow_private)
         if record.metrics is not None:
             results[TASK_TABLE] = self.trackio.Table(columns=list(TASK_COLUMNS), data=task_rows(record))
         self._log(results, self.last)
@@ -234,7 +234,7 @@ TASK_TABLE = "evaluation/by_task"
 """Key of the table of tasks."""
 
 
-def summary(record: RunRecord, allow_private: bool = False) -> dict[str, Any]:
+def mirrored_summary(record: RunRecord, allow_private: bool = False) -> dict[str, Any]:
     """Accuracy, epsilon, parameter counts and cost, with names such as `metrics/accuracy` and `tasks/<task>`."""
     content = dataclasses.asdict(record)
     found: dict[str, Any] = {"status": record.status}

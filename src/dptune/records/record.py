@@ -231,7 +231,7 @@ def read(folder: Path) -> RunRecord | None:
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunState:
     """What the state of a run depends on."""
 
     folder: Path
@@ -241,7 +241,7 @@ class Summary:
     code: str | None
 
 
-def summary(folder: Path) -> Summary | None:
+def run_state(folder: Path) -> RunState | None:
     """A few fields of a record, ten times as fast as all of it; None when there is no record.
 
     Records are written one key a line, indented by its depth. A file that is not is read as a whole.
@@ -257,13 +257,13 @@ def summary(folder: Path) -> Summary | None:
     if status is None or error is None:
         record = read(folder)
         assert record is not None
-        return Summary(folder, record.status, record.sweep, record.error, record.provenance.get("code"))
+        return RunState(folder, record.status, record.sweep, record.error, record.provenance.get("code"))
     sweep, code = (
         _value(content, b'\n "sweep": '),
         _value(content, b'\n  "code": ', content.rfind(b'\n "provenance": {')),
     )
     fields: list[Any] = [json.loads(value or b"null") for value in (status, sweep, error, code)]
-    return Summary(folder, *fields)
+    return RunState(folder, *fields)
 
 
 def _value(content: bytes, key: bytes, start: int = 0) -> bytes | None:
@@ -275,12 +275,12 @@ def _value(content: bytes, key: bytes, start: int = 0) -> bytes | None:
     return content[begin : content.find(b"\n", begin)].rstrip(b",")
 
 
-def summaries(root: Path) -> Iterator[Summary | RecordError]:
+def run_states(root: Path) -> Iterator[RunState | RecordError]:
     """Summaries of all records below `root`, in the order of their names; errors of those that cannot be read."""
     folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
     for folder in folders:
         try:
-            seen = summary(Path(folder))
+            seen = run_state(Path(folder))
         except RecordError as error:
             yield error
             continue

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dptune.report.intervals import Estimate, holm, mean_over_runs, t_quantile
-from dptune.report.matching import Evidence, Key, Pairs, evidence, groups
+from dptune.report.pairing import Evidence, Key, Pairs, evidence, groups
 from dptune.report.results import Results
 from dptune.report.tables import ACCURACY, SPREAD, Cell, Column, Measure, Table
 

@@ -18,8 +18,8 @@ from typing import Any
 from dptune.privacy.accounting import rounded_up
 from dptune.records.files import write_atomically
 from dptune.report.claims import Claim, claims
+from dptune.report.composition import compositions
 from dptune.report.figures import all_figures, thinned
-from dptune.report.procedure import procedures
 from dptune.report.results import Results, history
 from dptune.report.settings import SEED, Setting, codes, plain, settings_of
 from dptune.report.tables import ACCURACY, SECONDS, Cell, Table, estimate, in_words
@@ -150,7 +150,7 @@ def answers(results: Results) -> list[str]:
         texts.append(
             f"These are accuracies on the data and backbone of most runs; {len(sizes) - 1} more are in the tables."
         )
-    return texts + [item.text for item in procedures(results.runs)]
+    return texts + [item.text for item in compositions(results.runs)]
 
 
 def left_out(results: Results) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dptune.records.frame import collect, to_frame
 from dptune.records.record import EVALUATION_FILE, HISTORY_FILE, RunRecord
-from dptune.report.intervals import Judgements
+from dptune.report.intervals import Answers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +73,7 @@ class Results:
         """The same with other rows."""
         return dataclasses.replace(self, runs=runs)
 
-    def judgements(self, run_ids: Sequence[str]) -> Judgements | None:
+    def judgements(self, run_ids: Sequence[str]) -> Answers | None:
         """Items by run, if they are known for all of these runs and are the same items."""
         layouts = {self.tasks.get(run_id) for run_id in run_ids}
         if len(layouts) != 1 or None in layouts:
@@ -81,10 +81,10 @@ class Results:
         (layout,) = layouts
         assert layout is not None
         names, task_of = _indexed(layout)
-        return Judgements(names, task_of, np.array([self.correct[run_id] for run_id in run_ids], dtype=np.float64))
+        return Answers(names, task_of, np.array([self.correct[run_id] for run_id in run_ids], dtype=np.float64))
 
 
-def load(root: Path) -> Results:
+def load_results(root: Path) -> Results:
     """Everything below an output folder. Records that cannot be read are named in `unreadable`.
 
     Which test items each run got right is read too, for up to `MOST_WITH_ITEMS` runs.
@@ -175,7 +175,7 @@ def with_items(results: Results, records: Sequence[RunRecord]) -> Results:
         known = layouts.setdefault(str(record.provenance.get("data")), [])
         layout = next((item for item in known if _agrees(record, right, item)), None)
         if layout is None:
-            layout = _layout(text)
+            layout = _task_column(text)
             if not _agrees(record, right, layout):
                 wrong.append(f"{path}: does not agree with the accuracies in its record; its items are not used")
                 continue
@@ -202,7 +202,7 @@ def history(folder: Path) -> list[dict[str, object]]:
 _CORRECT = b'"correct": '
 
 
-def _layout(text: bytes) -> tuple[str, ...]:
+def _task_column(text: bytes) -> tuple[str, ...]:
     try:
         return tuple(str(json.loads(line)["task"]) for line in text.splitlines())
     except (ValueError, KeyError, TypeError):

@@ -16,8 +16,8 @@ import numpy as np
 
 from dptune.privacy.accounting import rounded_up
 from dptune.records.code import code_version
-from dptune.report.intervals import Array, Estimate, Judgements, mean_over_runs, share_of_one_run
-from dptune.report.procedure import Procedure, procedures
+from dptune.report.composition import Composition, compositions
+from dptune.report.intervals import Answers, Array, Estimate, mean_over_runs, share_of_one_run
 from dptune.report.results import DONE, SUPERSEDED, Results
 from dptune.report.settings import SEED, Setting, comparable, mixed, references, why_apart
 
@@ -84,7 +84,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Mapping[str, Cell], ...]
     notes: tuple[str, ...] = ()
-    procedures: tuple[Procedure, ...] = field(default=(), repr=False)
+    compositions: tuple[Composition, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ SECONDS = Measure("cost.seconds", "time, s", "↓", None, (0.0, math.inf), 0)
 MEMORY = Measure("cost.peak_memory_mb", "peak memory, MB", "↓", None, (0.0, math.inf), 0)
 
 
-def estimate(setting: Setting, measure: Measure, items: Judgements | None = None) -> Estimate | None:
+def estimate(setting: Setting, measure: Measure, items: Answers | None = None) -> Estimate | None:
     """The mean of a measure over the finished runs of a setting; None without numbers.
 
     Args:
@@ -215,7 +215,7 @@ def main_table(name: str, results: Results, title: str | None = None) -> Table:
     counted = len(results.runs) - states[SUPERSEDED]
     title = f"{title or name}: {states[DONE]} of {counted} runs done"
     title += f", {states[SUPERSEDED]} superseded" if states[SUPERSEDED] else ""
-    found = procedures(results.runs)
+    found = compositions(results.runs)
     lines = notes(results, settings, found, compared=any(reference is not None for reference in compared_with))
     return Table(name, title, columns, tuple(rows), tuple(lines), tuple(found))
 
@@ -295,7 +295,7 @@ def difference_cell(results: Results, setting: Setting, reference: Setting | Non
     return in_words(found, 3, tuple(run_ids), sign="+", tail=f"to {row}")
 
 
-def measured(setting: Setting, measure: Measure, items: Judgements | None = None) -> Cell:
+def measured(setting: Setting, measure: Measure, items: Answers | None = None) -> Cell:
     """A mean with its interval and number of runs."""
     found = estimate(setting, measure, items)
     return Cell(NONE) if found is None else in_words(found, measure.digits, setting.run_ids)
@@ -495,7 +495,7 @@ FLAGS = {
 """What limits the meaning of an epsilon, by its mark."""
 
 
-def notes(results: Results, settings: Sequence[Setting], found: Sequence[Procedure], compared: bool) -> list[str]:
+def notes(results: Results, settings: Sequence[Setting], found: Sequence[Composition], compared: bool) -> list[str]:
     """What a reader must know to read the main table."""
     lines = [INTERVALS] if len(results.done) else []
     if compared:

@@ -20,7 +20,7 @@ from dptune.config.checks import strict
 from dptune.config.extras import require
 from dptune.config.schema import ConfigError, TrackingConfig
 from dptune.records.files import write_atomically
-from dptune.records.lock import claimed
+from dptune.records.lock import locked
 from dptune.records.mirror import WandbTracker, file_hash, has_account, open_run, wandb_table
 from dptune.records.record import RECORD_FILE, RunFailed, read
 from dptune.report.commands import Request, selected, titled
@@ -88,9 +88,9 @@ def tracking_of(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Tracki
 
 def upload(folder: Path, overrides: Sequence[str]) -> bool:
     """Upload the finished run in a folder; False when that was done before."""
-    with claimed(folder) as claim:
+    with locked(folder) as lock:
         record = read(folder)
-        if claim is None or record is None or record.status != "done":
+        if lock is None or record is None or record.status != "done":
             raise BlockingIOError("another process is doing it again, or uploading it")
         config = tracking_of(record.config["tracking"], overrides)
         shown = (file_hash(folder / RECORD_FILE), history(folder), config.allow_private, config.upload_adapters)

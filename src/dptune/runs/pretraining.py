@@ -287,18 +287,20 @@ def distance(shipped: Path, made: Path) -> Distance:
 def _accuracy(folder: Path, examples: Sequence[Example]) -> float:
     """Share of examples that a backbone answers rightly before any tuning."""
     rules = EvaluationConfig()
-    loaded = backbones.load(ModelConfig("local", str(folder)), precision="float32", device="cpu", cache_dir=folder)
-    judgements, written = evaluation.judge(
+    loaded = backbones.load_backbone(
+        ModelConfig("local", str(folder)), precision="float32", device="cpu", cache_dir=folder
+    )
+    judgements, written = evaluation.evaluate(
         loaded.model,
         loaded.tokenizer,
-        evaluation.judged(examples, rules.prompts),
+        evaluation.evaluated_examples(examples, rules.prompts),
         None,
         layout=loaded.layout,
         sequence_length=96,
         batch_size=512,
         max_new_tokens=rules.max_new_tokens,
     )
-    return evaluation.summarise(judgements, written).accuracy
+    return evaluation.metrics_of(judgements, written).accuracy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

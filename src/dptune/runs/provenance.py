@@ -19,10 +19,10 @@ import torch
 from dptune.config.schema import Config
 from dptune.installation import unlike_lock
 from dptune.records.code import code_version
-from dptune.runs.setup import Prepared
+from dptune.runs.setup import Setup
 
 
-def provenance(config: Config, prepared: Prepared, overrides: Sequence[str]) -> dict[str, Any]:
+def provenance(config: Config, setup: Setup, overrides: Sequence[str]) -> dict[str, Any]:
     """Where the numbers come from."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -31,9 +31,9 @@ def provenance(config: Config, prepared: Prepared, overrides: Sequence[str]) -> 
         "code": code_version(),
         "versions": versions(),
         "lock": unlike_lock(),
-        "data": prepared.data.fingerprint,
-        "backbone": prepared.backbone.fingerprint,
-        "engine": prepared.engine,
+        "data": setup.data.fingerprint,
+        "backbone": setup.backbone.fingerprint,
+        "engine": setup.engine,
         "seed": config.environment.seed,
     }
 

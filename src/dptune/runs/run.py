@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from dptune import evaluation
 from dptune.config.schema import Config
 from dptune.data.encoding import Encoded, encode_examples
-from dptune.data.sources import load as load_data
+from dptune.data.sources import load_dataset as load_data
 from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
 from dptune.models.state import AdapterState
@@ -35,7 +35,7 @@ from dptune.privacy.selection import noisy_score
 from dptune.records import mirror as tracking
 from dptune.records.code import code_version
 from dptune.records.files import write_atomically
-from dptune.records.lock import Claim, ClaimLost, claimed, holder
+from dptune.records.lock import LockLost, RunLock, holder, locked
 from dptune.records.record import (
     ADAPTER_FOLDER,
     EVALUATION_FILE,
@@ -49,13 +49,13 @@ from dptune.records.record import (
 )
 from dptune.runs.privacy import describe, epsilon_marks, privacy_of, score_epsilon, spent
 from dptune.runs.provenance import peak_memory_mb, provenance
-from dptune.runs.setup import Prepared, load_backbone, make_engine, prepare, training_layout, training_rows
+from dptune.runs.setup import Setup, load_backbone, make_engine, set_up, training_format, training_rows
 from dptune.sweeps.progress import in_time
 from dptune.training import checkpoint
 from dptune.training.checkpoint import Checkpoint, CheckpointError
 from dptune.training.loop import Step, train
 from dptune.training.projection import make_projection
-from dptune.training.ranks import Ranks, joined
+from dptune.training.ranks import Ranks, process_group
 
 LOG_FILE, LEDGER_FILE, CHECKPOINT_FOLDER = "run.log", "ledger.jsonl", "checkpoint"
 
@@ -86,34 +86,36 @@ def run(
     """
     torch.set_num_threads(config.compute.threads)
     keep_local_key(config)
-    with joined() as ranks:
+    with process_group() as ranks:
         if not ranks.first:
-            return follow(config, ranks)
-        return lead(config, overrides, ranks, report or (lambda line: None), steps or (lambda step, of: None))
+            return run_as_other_rank(config, ranks)
+        return run_as_first_rank(
+            config, overrides, ranks, report or (lambda line: None), steps or (lambda step, of: None)
+        )
 
 
-def lead(config: Config, overrides: Sequence[str], ranks: Ranks, say: Report, steps: Steps) -> RunRecord:
+def run_as_first_rank(config: Config, overrides: Sequence[str], ranks: Ranks, say: Report, steps: Steps) -> RunRecord:
     """Do a run as the only process, or as the one of several that writes."""
     identity = run_id(config)
     folder = Path(config.compute.output_root) / identity
     if (finished := finished_record(folder, config)) is not None:
         say(f"{identity} is finished: {folder}")
-        ranks.told(Agreement(go=False).to_bytes())
+        ranks.broadcast(Agreement(go=False).to_bytes())
         return finished
     if (other := holder(folder)) is not None:
         raise BlockingIOError(f"run {identity} is being done by {other}")
-    prepared = prepare(config, identity)
-    with claimed(folder) as claim:
-        if claim is None:
+    setup = set_up(config, identity)
+    with locked(folder) as lock:
+        if lock is None:
             raise BlockingIOError(f"run {identity} is being done by another process")
         if (finished := finished_record(folder, config)) is not None:
             say(f"{identity} was finished by another process: {folder}")
-            ranks.told(Agreement(go=False).to_bytes())
+            ranks.broadcast(Agreement(go=False).to_bytes())
             return finished
-        return do(config, prepared, overrides, RunFolder(folder, claim, say, steps), ranks)
+        return run_in_folder(config, setup, overrides, RunFolder(folder, lock, say, steps), ranks)
 
 
-def do(config: Config, prepared: Prepared, overrides: Sequence[str], folder: RunFolder, ranks: Ranks) -> RunRecord:
+def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder: RunFolder, ranks: Ranks) -> RunRecord:
     """Do a run in a folder that is this process's, from the checkpoint if there is one."""
     begin = time.perf_counter()
     record = RunRecord(
@@ -122,30 +124,30 @@ def do(config: Config, prepared: Prepared, overrides: Sequence[str], folder: Run
         config=dataclasses.asdict(config),
         sweep=config.sweep,
         method=config.method,
-        provenance=provenance(config, prepared, overrides),
+        provenance=provenance(config, setup, overrides),
     )
     # A forced run replaces a finished record only by a finished one.
     replaces = (before := read(folder.path)) is not None and before.status == "done"
     if not replaces:
         record.write(folder.path)
-    start = start_of(prepared, folder)
+    start = start_of(setup, folder)
     write_atomically(folder.path / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_atomically(folder.path / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
-    ranks.told(Agreement(True, start.step if start else 0, prepared.keys.master).to_bytes())
-    if prepared.data.skipped.count:
+    ranks.broadcast(Agreement(True, start.step if start else 0, setup.keys.master).to_bytes())
+    if setup.data.skipped.count:
         # How many, and which, is known to the data's holder alone: it is neither in the record nor in the log.
-        folder.say(f"{prepared.data.skipped.count} records were skipped: {folder.path / SKIPPED_FILE}")
-        skipped = "".join(f"{line}\n" for line in prepared.data.skipped.messages)
+        folder.say(f"{setup.data.skipped.count} records were skipped: {folder.path / SKIPPED_FILE}")
+        skipped = "".join(f"{line}\n" for line in setup.data.skipped.messages)
         write_atomically(folder.path / SKIPPED_FILE, skipped)
     tracker = tracking.start(config.tracking, record, folder.path)
     try:
-        execute(config, prepared, record, folder, tracker, ranks, start, begin)
-        folder.claim.check()
+        measure_and_train(config, setup, record, folder, tracker, ranks, start, begin)
+        folder.lock.check()
         record.status = "done"
         record.write(folder.path)
         checkpoint.remove(folder.path / CHECKPOINT_FOLDER)
-        ranks.wait()
-    except ClaimLost:
+        ranks.barrier()
+    except LockLost:
         raise
     except Exception as error:
         record.status = "failed"
@@ -161,19 +163,19 @@ def do(config: Config, prepared: Prepared, overrides: Sequence[str], folder: Run
     return record
 
 
-def follow(config: Config, ranks: Ranks) -> RunRecord:
+def run_as_other_rank(config: Config, ranks: Ranks) -> RunRecord:
     """Do the share of a process that writes nothing, and give the record that the first one wrote."""
     identity = run_id(config)
     folder = Path(config.compute.output_root) / identity
-    agreed = Agreement.from_bytes(ranks.told(Agreement(go=False).to_bytes()))
+    agreed = Agreement.from_bytes(ranks.broadcast(Agreement(go=False).to_bytes()))
     try:
         if agreed.go:
-            prepared = prepare(config, identity)
-            prepared = dataclasses.replace(prepared, keys=dataclasses.replace(prepared.keys, master=agreed.master))
-            start = checkpoint.load(folder / CHECKPOINT_FOLDER, prepared.stamp) if agreed.step else None
-            if prepared.plan.steps:
-                fit(config, prepared, ranks, start)
-            ranks.wait()
+            setup = set_up(config, identity)
+            setup = dataclasses.replace(setup, keys=dataclasses.replace(setup.keys, master=agreed.master))
+            start = checkpoint.load_checkpoint(folder / CHECKPOINT_FOLDER, setup.stamp) if agreed.step else None
+            if setup.plan.steps:
+                train_adapter(config, setup, ranks, start)
+            ranks.barrier()
     except Exception:
         log_traceback(folder)
         raise
@@ -204,10 +206,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, for the process that has claimed it."""
+    """The folder of a run, for the process that has locked it."""
 
     path: Path
-    claim: Claim
+    lock: RunLock
     say: Report
     steps: Steps
 
@@ -237,11 +239,11 @@ def finished_record(folder: Path, config: Config) -> RunRecord | None:
     return record if record is not None and record.status == "done" and not config.compute.force else None
 
 
-def start_of(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
+def start_of(setup: Setup, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that a run goes on from; without one, what an earlier attempt left is removed."""
     place = folder.path / CHECKPOINT_FOLDER
     try:
-        start = checkpoint.load(place, prepared.stamp)
+        start = checkpoint.load_checkpoint(place, setup.stamp)
     except CheckpointError as error:
         folder.log(f"the checkpoint cannot be used: {error}; starting anew")
         start = None
@@ -250,14 +252,14 @@ def start_of(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
         for name in (HISTORY_FILE, EVALUATION_FILE):
             (folder.path / name).unlink(missing_ok=True)
     else:
-        folder.log(f"going on after step {start.step} of {prepared.plan.steps}")
+        folder.log(f"going on after step {start.step} of {setup.plan.steps}")
         write_atomically(folder.path / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in start.history))
     return start
 
 
-def execute(
+def measure_and_train(
     config: Config,
-    prepared: Prepared,
+    setup: Setup,
     record: RunRecord,
     folder: RunFolder,
     tracker: tracking.Tracker,
@@ -266,30 +268,30 @@ def execute(
     begin: float,
 ) -> None:
     """Measure, train, measure, and fill the record."""
-    data, plan, model = prepared.data, prepared.plan, prepared.model
+    data, plan, model = setup.data, setup.plan, setup.model
     sequence_length = config.environment.sequence_length
     seen = {example.input for example in data.train} if data.public or not plan.private else None
 
     judge = functools.partial(
-        evaluation.judge,
-        layout=prepared.backbone.layout,
+        evaluation.evaluate,
+        layout=setup.backbone.layout,
         sequence_length=sequence_length,
         batch_size=config.compute.evaluation_batch_size,
         max_new_tokens=config.evaluation.max_new_tokens,
         template=config.data.template,
     )
-    tokenizer = prepared.backbone.tokenizer
-    examples = evaluation.judged(data.test, config.evaluation.prompts)
+    tokenizer = setup.backbone.tokenizer
+    examples = evaluation.evaluated_examples(data.test, config.evaluation.prompts)
 
-    def measure(model: torch.nn.Module) -> tuple[list[evaluation.Judgement], Metrics]:
+    def measure(model: torch.nn.Module) -> tuple[list[evaluation.Answer], Metrics]:
         judgements, written = judge(model.eval(), tokenizer, examples, seen)
-        return judgements, evaluation.summarise(judgements, written)
+        return judgements, evaluation.metrics_of(judgements, written)
 
     record.parameters = adapters.count(model)
     if not plan.steps:
         record.parameters = dataclasses.replace(record.parameters, trainable=0, groups={})
     floor = (
-        prepared.backbone.fingerprint,
+        setup.backbone.fingerprint,
         data.fingerprint,
         sequence_length,
         config.data.template,
@@ -308,20 +310,20 @@ def execute(
     training_begin = time.perf_counter() - earlier
     record.privacy = privacy_of(plan, config, data, 0)
     if plan.steps:
-        record.privacy = fit(config, prepared, ranks, start, folder, tracker)
+        record.privacy = train_adapter(config, setup, ranks, start, folder, tracker)
     training_seconds = time.perf_counter() - training_begin
     folder.say(f"measuring the tuned model: {len(examples)} test examples")
     judgements, record.metrics = measure(model)
     if not math.isfinite(record.metrics.response_perplexity):
         raise FloatingPointError("training diverged: the tuned model's loss is not finite; lower the learning rate")
     lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in judgements)
-    folder.claim.check()
+    folder.lock.check()
     write_atomically(folder.path / EVALUATION_FILE, "".join(lines))
     save_adapter(model, folder.path / ADAPTER_FOLDER)
     if config.privacy.score_noise_multiplier is not None:
         # One at a time: beside others a record would be padded, and its rounding would depend on them.
         right = sum(judge(model.eval(), tokenizer, [example], None)[0][0].correct for example in data.validation)
-        record.privacy = scored(record.privacy, right, len(data.validation), config, prepared)
+        record.privacy = scored(record.privacy, right, len(data.validation), config, setup)
     record.cost = Cost(
         seconds=time.perf_counter() - begin + earlier,
         training_seconds=training_seconds,
@@ -329,15 +331,15 @@ def execute(
         peak_memory_mb=peak_memory_mb(config.compute.device),
         device=f"{config.compute.device}, {config.compute.threads} thread(s)",
     )
-    folder.note(summary(record))  # Whoever asked for the run gets it from the record.
+    folder.note(in_one_line(record))  # Whoever asked for the run gets it from the record.
 
 
 _zero_shot: dict[tuple[object, ...], Metrics] = {}
 
 
-def fit(
+def train_adapter(
     config: Config,
-    prepared: Prepared,
+    setup: Setup,
     ranks: Ranks,
     start: Checkpoint | None,
     folder: RunFolder | None = None,
@@ -347,22 +349,22 @@ def fit(
 
     Args:
         config: of the run.
-        prepared: its parts.
+        setup: its parts.
         ranks: the processes that do it together.
         start: go on from there.
         folder: where to write; None for a process that leaves this to another one.
         tracker: gets the history.
     """
-    data, plan, model, keys = prepared.data, prepared.plan, prepared.model, prepared.keys
-    tokenizer, sequence_length = prepared.backbone.tokenizer, config.environment.sequence_length
+    data, plan, model, keys = setup.data, setup.plan, setup.model, setup.keys
+    tokenizer, sequence_length = setup.backbone.tokenizer, config.environment.sequence_length
     adapters.set_modes(model)
     template = config.data.template
-    rows = training_rows(prepared, sequence_length, template)
-    parameters = adapters.trainable(model)
-    layout = training_layout(config, prepared)
+    rows = training_rows(setup, sequence_length, template)
+    parameters = adapters.trainable_parameters(model)
+    layout = training_format(config, setup)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
     sampler = plan.sampler(keys, users=[example.user for example in data.train])
-    engine = make_engine(config, prepared)
+    engine = make_engine(config, setup)
     ledger = None
     if plan.private and folder is not None:
         ledger = WriteAheadLedger(folder.path / LEDGER_FILE, plan, keys, keys.run, code_version())
@@ -389,10 +391,10 @@ def fit(
 
     def before_step(step: int) -> None:
         if folder is not None:
-            folder.claim.check()
+            folder.lock.check()
         if ledger is not None:
             ledger.begin(step)
-        ranks.wait()
+        ranks.barrier()
         if plan.allocation.rule == "lora_weight_space":
             # Weights of the adapter as it is now are a function of past releases: free (SPECIFICATION.md 2.5).
             norms = {name: float(value.detach().square().sum()) for name, value in model.named_parameters()}
@@ -406,9 +408,9 @@ def fit(
         """Make a checkpoint, and show its rows only then: what was seen is never drawn again with other noise."""
         nonlocal shown
         if folder is not None:
-            folder.claim.check()
+            folder.lock.check()
             made = Checkpoint(step.step, step.seconds, history, step.state())
-            checkpoint.save(folder.path / CHECKPOINT_FOLDER, made, prepared.stamp)
+            checkpoint.save(folder.path / CHECKPOINT_FOLDER, made, setup.stamp)
             with (folder.path / HISTORY_FILE).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in history[max(shown, start.step if start else 0) :])
             for row in history[shown:]:
@@ -466,7 +468,7 @@ def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | Non
     return f"step {step.step}/{plan.steps}  {rate:.0f} examples/s  {so_far}{rest}"
 
 
-def summary(record: RunRecord) -> str:
+def in_one_line(record: RunRecord) -> str:
     """The finished run in one line."""
     metrics, floor, privacy, parameters = record.metrics, record.zero_shot, record.privacy, record.parameters
     assert metrics and floor and privacy and parameters and record.cost
@@ -490,7 +492,7 @@ def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
     }
 
 
-def scored(guarantee: Privacy, right: int, records: int, config: Config, prepared: Prepared) -> Privacy:
+def scored(guarantee: Privacy, right: int, records: int, config: Config, setup: Setup) -> Privacy:
     """The guarantee of a run that also releases its score.
 
     No record is both trained on and counted, so that the larger epsilon holds (SPECIFICATION.md 8.2).
@@ -499,8 +501,8 @@ def scored(guarantee: Privacy, right: int, records: int, config: Config, prepare
     assert sigma is not None and guarantee.epsilon is not None
     return dataclasses.replace(
         guarantee,
-        epsilon=max(guarantee.epsilon, score_epsilon(sigma, prepared.plan.delta)),
-        score=noisy_score(right, sigma, prepared.keys),
+        epsilon=max(guarantee.epsilon, score_epsilon(sigma, setup.plan.delta)),
+        score=noisy_score(right, sigma, setup.keys),
         score_noise_multiplier=sigma,
         score_of=records,
     )

@@ -31,10 +31,10 @@ from dptune.privacy.events import Event
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records.files import write_atomically
-from dptune.records.record import RunFailed, RunRecord, read, summary
+from dptune.records.record import RunFailed, RunRecord, read, run_state
 from dptune.runs.privacy import make_plan
 from dptune.runs.run import LOG_FILE, run
-from dptune.runs.run import summary as in_one_line
+from dptune.runs.run import in_one_line as in_one_line
 from dptune.runs.setup import data_of
 from dptune.sweeps.expand import Job, released_by
 from dptune.sweeps.progress import NotDone, tried
@@ -105,7 +105,7 @@ class Search:
     @property
     def is_finished(self) -> bool:
         """Whether the best run has been released."""
-        seen = summary(self.folder)
+        seen = run_state(self.folder)
         return seen is not None and seen.status == "done"
 
     def check(self) -> None:
@@ -276,7 +276,7 @@ def trial(tree: DictConfig) -> NotDone | None:
 
 def trial_is_done(job: Job) -> bool:
     """Whether a trial ended; one that failed is not done again, which would be choosing."""
-    seen = summary(folder_of(job))
+    seen = run_state(folder_of(job))
     return seen is not None and seen.status in ("done", "failed")
 
 

@@ -11,11 +11,11 @@ import torch
 
 from dptune.config.extras import check_extras, require
 from dptune.config.schema import Config, ConfigError, has_fixed_batches
-from dptune.data.batches import Layout, collate, example_losses
+from dptune.data.batches import InputFormat, collate, example_losses
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
 from dptune.data.sources import Dataset
-from dptune.data.sources import load as load_data
+from dptune.data.sources import load_dataset as load_data
 from dptune.data.templates import prompt_of, token_counter
 from dptune.evaluation import SHORTEST
 from dptune.models import adapters, backbones
@@ -30,7 +30,7 @@ from dptune.runs.privacy import make_plan
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Setup:
     """Everything that can be wrong with a config, found out before anything is written."""
 
     data: Dataset
@@ -47,7 +47,7 @@ class Prepared:
         return {"run": self.keys.run, "mode": self.keys.mode, "plan": self.plan.fingerprint(), "code": code_version()}
 
 
-def prepare(config: Config, identity: str) -> Prepared:
+def set_up(config: Config, identity: str) -> Setup:
     """Data, plan, backbone with its fresh adapter, and keys. Raises ConfigError; writes nothing but caches."""
     check_extras(config)
     data = data_of(config)
@@ -61,14 +61,14 @@ def prepare(config: Config, identity: str) -> Prepared:
     start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
     engine = config.environment.engine
     if engine == "auto":
-        architecture = adapters.architecture_of(backbone.model)
+        architecture = adapters.model_type_of(backbone.model)
         engine = adapters.engine_of(config.adapter.name, architecture, embeddings=config.adapter.embeddings)
     hyper = config.hyperparameter
     model = adapters.attach(backbone.model, config.adapter, rank=hyper.rank, steps=hyper.steps, seed=start)
     # The same seed must never draw the same noise for other data, another backbone or another plan.
     name = "/".join((identity, data.fingerprint, backbone.fingerprint, plan.fingerprint()))
     keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
-    return Prepared(data, plan, backbone, model, keys, engine)
+    return Setup(data, plan, backbone, model, keys, engine)
 
 
 def data_of(config: Config) -> Dataset:
@@ -81,7 +81,7 @@ def data_of(config: Config) -> Dataset:
 
 def load_backbone(config: Config) -> Backbone:
     """A fresh copy of the frozen backbone of a run."""
-    return backbones.load(
+    return backbones.load_backbone(
         config.model,
         precision=config.environment.precision,
         device=config.compute.device,
@@ -107,45 +107,45 @@ def check_free_form(backbone: Backbone, data: Dataset) -> None:
         )
 
 
-def training_rows(prepared: Prepared, sequence_length: int, template: str) -> list[Encoded]:
+def training_rows(setup: Setup, sequence_length: int, template: str) -> list[Encoded]:
     """The encoded training split; runs of a process on the same data share it."""
-    key = (prepared.data.fingerprint, prepared.backbone.fingerprint, sequence_length, template)
+    key = (setup.data.fingerprint, setup.backbone.fingerprint, sequence_length, template)
     if key not in _training_rows:
         _training_rows.clear()
-        tokenizer = prepared.backbone.tokenizer
-        _training_rows[key] = encode_examples(prepared.data.train, tokenizer, sequence_length, template)
+        tokenizer = setup.backbone.tokenizer
+        _training_rows[key] = encode_examples(setup.data.train, tokenizer, sequence_length, template)
     return _training_rows[key]
 
 
 _training_rows: dict[tuple[str, str, int, str], list[Encoded]] = {}
 
 
-def training_layout(config: Config, prepared: Prepared) -> Layout:
+def training_format(config: Config, setup: Setup) -> InputFormat:
     """How training reads an example: in batches of one public shape where that is asked for or needed."""
     length = config.environment.sequence_length if has_fixed_batches(config) else None
-    return dataclasses.replace(prepared.backbone.layout, length=length)
+    return dataclasses.replace(setup.backbone.layout, length=length)
 
 
-def make_engine(config: Config, prepared: Prepared) -> Engine:
+def make_engine(config: Config, setup: Setup) -> Engine:
     """The engine of per-example gradients, checked on made-up records: the check needs no data."""
-    vocabulary, size = len(prepared.backbone.tokenizer), config.compute.physical_batch_size
+    vocabulary, size = len(setup.backbone.tokenizer), config.compute.physical_batch_size
     few = (7, 9, 5)
 
-    def batch(records: Sequence[Encoded], layout: Layout) -> dict[str, torch.Tensor]:
+    def batch(records: Sequence[Encoded], layout: InputFormat) -> dict[str, torch.Tensor]:
         return collate(records, layout, config.compute.device)
 
     rows = made_up_rows(vocabulary, few)
     changed = [*rows[:-1], made_up_rows(vocabulary, few, shift=101)[-1]]
-    alone, plain = [[row] for row in rows], prepared.backbone.layout
+    alone, plain = [[row] for row in rows], setup.backbone.layout
     engine = checked_engine(
-        prepared.engine,
-        prepared.model,
+        setup.engine,
+        setup.model,
         example_losses,
         [batch(row, plain) for row in alone],
         batch(rows, plain),
         batch(changed, plain),
     )
-    layout = training_layout(config, prepared)
+    layout = training_format(config, setup)
     if layout.length is None:
         return engine
     longest, shortest = layout.length, 5
@@ -154,7 +154,7 @@ def make_engine(config: Config, prepared: Prepared) -> Engine:
     others = [shortest if row % 2 else longest for row in range(size)]
     return fixed_shape_engine(
         engine,
-        prepared.model,
+        setup.model,
         batch(made_up_rows(vocabulary, lengths), layout),
         batch(made_up_rows(vocabulary, others, shift=101), layout),
     )

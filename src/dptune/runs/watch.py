@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dptune.records.lock import holder
-from dptune.records.record import HISTORY_FILE, RECORD_FILE, RecordError, RunRecord, read, summary
+from dptune.records.record import HISTORY_FILE, RECORD_FILE, RecordError, RunRecord, read, run_state
 from dptune.sweeps.progress import Display, in_time, time_left
 from dptune.sweeps.status import State, of_run
 
@@ -76,7 +76,7 @@ class Watch:
             self.seen[job.run_id] = mark
             self.begun = True
             try:
-                ended = (short := summary(folder)) is not None and short.status in ("done", "failed")
+                ended = (short := run_state(folder)) is not None and short.status in ("done", "failed")
                 record = read(folder) if ended else None
             except RecordError as error:
                 self.fail(job, str(error))

@@ -231,7 +231,7 @@ def without_hydra(tree: DictConfig) -> DictConfig:
     return tree
 
 
-def load(name: str, arguments: Sequence[str] = ()) -> list[Job]:
+def jobs_of_sweep(name: str, arguments: Sequence[str] = ()) -> list[Job]:
     """The runs of the sweep `name` with some overrides on top, without running anything; of a search the released one.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dptune.records.code import code_version
 from dptune.records.lock import holder
-from dptune.records.record import RecordError, Summary, summaries, summary
+from dptune.records.record import RecordError, RunState, run_state, run_states
 
 if TYPE_CHECKING:
     from dptune.sweeps.expand import Job
@@ -67,9 +67,9 @@ def of_sweep(name: str, jobs: Sequence[Job], arguments: Sequence[str]) -> str:
 def of_folder(root: Path) -> str:
     """The state of all runs below a folder, sweep by sweep; without its sweep nobody knows which runs are missing."""
     sweeps: dict[str | None, list[Status]] = {}
-    for seen in summaries(root):
-        name = seen.sweep if isinstance(seen, Summary) else None
-        sweeps.setdefault(name, []).append(judged(seen))
+    for seen in run_states(root):
+        name = seen.sweep if isinstance(seen, RunState) else None
+        sweeps.setdefault(name, []).append(status_of(seen))
     lines = []
     for name, found in sorted(sweeps.items(), key=lambda item: item[0] or ""):
         title = f"Sweep {name}" if name else "Without a sweep"
@@ -81,13 +81,13 @@ def of_folder(root: Path) -> str:
 def of_run(folder: Path, setting: str = "") -> Status:
     """The state of one run."""
     try:
-        seen = summary(folder)
+        seen = run_state(folder)
     except RecordError as error:
         return Status(folder.name, State.FAILED, str(error), setting)
-    return Status(folder.name, State.MISSING, "", setting) if seen is None else judged(seen, setting)
+    return Status(folder.name, State.MISSING, "", setting) if seen is None else status_of(seen, setting)
 
 
-def judged(seen: Summary | RecordError, setting: str = "") -> Status:
+def status_of(seen: RunState | RecordError, setting: str = "") -> Status:
     """The state that a record speaks of, if it still holds."""
     if isinstance(seen, RecordError):
         return Status(seen.folder.name, State.FAILED, str(seen), setting)

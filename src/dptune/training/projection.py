@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dptune.config.schema import Config
-from dptune.data.batches import Layout, collate, physical_batches
+from dptune.data.batches import InputFormat, collate, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.gradients import Engine
@@ -188,7 +188,7 @@ def make_projection(
     engine: Engine,
     private_rows: Sequence[Encoded],
     public_rows: Callable[[], Sequence[Encoded]],
-    layout: Layout,
+    layout: InputFormat,
     stored: Mapping[str, Any] | None = None,
 ) -> FullSpace:
     """The projection that the config names.

@@ -42,7 +42,7 @@ class Ranks:
             dist.broadcast(total, src=0)
             values.copy_(total)
 
-    def told(self, message: bytes) -> bytes:
+    def broadcast(self, message: bytes) -> bytes:
         """What the first rank passes; all must pass as many bytes."""
         if self.size == 1:
             return message
@@ -50,14 +50,14 @@ class Ranks:
         dist.broadcast(buffer, src=0)
         return bytes(buffer.tolist())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all ranks are here."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def process_group() -> Iterator[Ranks]:
     """The ranks that `torchrun` started, or this process alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -26,7 +26,7 @@ MEAN, SCORE = "provenance.repetitions.mean", "privacy.score_noise_multiplier"
 
 
 @dataclass(frozen=True)
-class Procedure:
+class Composition:
     """Epsilon of everything that was done to one data set."""
 
     text: str
@@ -41,7 +41,7 @@ class Procedure:
     """Fingerprint of their data."""
 
 
-def procedures(runs: pd.DataFrame) -> list[Procedure]:
+def compositions(runs: pd.DataFrame) -> list[Composition]:
     """One statement for all private runs on the same data, with the same unit and delta; then what they leave out."""
     done = runs[runs["status"] == "done"]  # Stale runs too: they saw the same data.
     if not len(done) or "privacy.private" not in done:
@@ -53,16 +53,16 @@ def procedures(runs: pd.DataFrame) -> list[Procedure]:
     if len(groups) > 1:
         found = [replace(item, text=f"{item.text} Data {item.data}.") for item in found]
         text = "These runs differ in data, unit or delta: no ε is stated for all of them together."
-        found.append(Procedure(text, None, None, ()))
+        found.append(Composition(text, None, None, ()))
     notes = []
     if len(private) < len(done):
         notes.append(f"The {len(done) - len(private)} non-private runs have no ε at all.")
     if begun := int(runs["state"].isin([FAILED, RUNNING]).sum()):
         notes.append(f"{begun} runs failed or did not end; whatever was seen of them is not in the ε above.")
-    return found + [Procedure(note, None, None, ()) for note in notes]
+    return found + [Composition(note, None, None, ()) for note in notes]
 
 
-def _of(runs: pd.DataFrame) -> list[Procedure]:
+def _of(runs: pd.DataFrame) -> list[Composition]:
     ids = tuple(runs["run_id"])
     unit, delta = runs["privacy.unit"].iloc[0], float(runs["privacy.delta"].iloc[0])
     data = str(runs["provenance.data"].iloc[0]) if "provenance.data" in runs else "unknown"
@@ -74,7 +74,7 @@ def _of(runs: pd.DataFrame) -> list[Procedure]:
         events = tuple(event for plan, times in plans for event in plan.events() * times)
         epsilon, how = _together(events, scores, tuple(searches), delta)
     except PlanError as error:
-        return [Procedure(f"No ε is stated for all {len(runs)} runs: {error}.", None, None, ids)]
+        return [Composition(f"No ε is stated for all {len(runs)} runs: {error}.", None, None, ids)]
     means = ", ".join(dict.fromkeys(f"{search.repetitions.mean:g}" for search in searches))
     best = f"the best of a random, secret number of runs (mean {means})"
     if len(runs) == len(searches) == 1:
@@ -86,7 +86,7 @@ def _of(runs: pd.DataFrame) -> list[Procedure]:
         if searches:
             what += f", where {len(searches)} of them count as the whole search, {best},"
     text = f"Epsilon of {what} is {rounded_up(epsilon):.3f} (delta = {delta:g}, unit {unit}, {how})."
-    return [Procedure(text, epsilon, delta, ids, data)]
+    return [Composition(text, epsilon, delta, ids, data)]
 
 
 @dataclass(frozen=True)
