@@ -25,7 +25,8 @@ from dptune.config.extras import needs
 from dptune.config.schema import Config, ConfigError
 from dptune.records.frame import without_collector
 from dptune.records.record import RecordError, RunFailed, RunRecord
-from dptune.sweeps.expand import ROOT, names
+from dptune.sweeps.expand import names
+from dptune.sweeps.jobs import ROOT
 from dptune.sweeps.progress import Display, NotDone, StepBar, tried
 
 VIEWS = ("table", "tables", "figures", "claims", "report")

@@ -18,7 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from dptune.sweeps.expand import Job
+    from dptune.sweeps.jobs import Job
     from dptune.sweeps.progress import NotDone
 
 

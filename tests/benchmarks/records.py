@@ -20,7 +20,7 @@ from typing import Any
 from dptune.records.frame import collect, without_collector
 from dptune.report.commands import all_tables
 from dptune.report.results import of_records
-from dptune.sweeps.expand import ROOT
+from dptune.sweeps.jobs import ROOT
 
 SAMPLE = ROOT / "analysis" / "sample"
 

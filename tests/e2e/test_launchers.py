@@ -13,7 +13,7 @@ from test_resume import lines, rows, wait_for
 
 from dptune.records import record as records
 from dptune.records.lock import holder
-from dptune.sweeps.expand import ROOT
+from dptune.sweeps.jobs import ROOT
 
 STEPS = 30
 

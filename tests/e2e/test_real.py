@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dptune.runs import run
-from dptune.sweeps.expand import ROOT, jobs_of_sweep
+from dptune.sweeps.expand import jobs_of_sweep
+from dptune.sweeps.jobs import ROOT
 
 MODEL = Path(os.environ.get("DPTUNE_MODEL", ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
 DATA = Path(os.environ.get("DPTUNE_DATA", ROOT.parent / "shared" / "data"))

@@ -24,7 +24,8 @@ from dptune.records import record as records
 from dptune.records.lock import holder
 from dptune.runs import run
 from dptune.runs import setup as preparation
-from dptune.sweeps.expand import ROOT, without_hydra
+from dptune.sweeps.expand import without_hydra
+from dptune.sweeps.jobs import ROOT
 from dptune.training import checkpoint
 
 pytestmark = pytest.mark.numerical

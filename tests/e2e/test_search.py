@@ -31,7 +31,8 @@ from dptune.runs.privacy import make_plan
 from dptune.runs.search import DRAW_FILE, SECRET_FOLDER, Search, trial_is_done
 from dptune.runs.setup import data_of
 from dptune.sweeps import status
-from dptune.sweeps.expand import ROOT, Job, jobs_of_sweep
+from dptune.sweeps.expand import jobs_of_sweep
+from dptune.sweeps.jobs import ROOT, Job
 
 pytestmark = pytest.mark.numerical
 

@@ -14,7 +14,7 @@ from dptune.records.frame import collect
 from dptune.records.mirror import TASK_TABLE, mirrored_summary
 from dptune.report.results import history
 from dptune.report.upload import SWEEP_TABLE
-from dptune.sweeps.expand import ROOT
+from dptune.sweeps.jobs import ROOT
 
 pytest.importorskip("wandb_workspaces", reason="make setup EXTRAS=workspace, or make test")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dptune.sweeps.expand import ROOT, jobs_of_sweep
+from dptune.sweeps.expand import jobs_of_sweep
+from dptune.sweeps.jobs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.removeprefix("$ ").split("  #")[0] for line in README.splitlines() if line.startswith("$ ")]

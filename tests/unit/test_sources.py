@@ -16,7 +16,7 @@ from dptune.data.readers import DataError
 from dptune.data.schema import Example
 from dptune.data.subsets import Mixture, Smallest
 from dptune.identity import run_id
-from dptune.sweeps.expand import ROOT
+from dptune.sweeps.jobs import ROOT
 
 ROW = {
     "task": "team",

@@ -10,7 +10,9 @@ from dptune.config.schema import EMBEDDED, Config, ConfigError
 from dptune.identity import run_id
 from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS, TESTS
 from dptune.sweeps import expand as sweep
-from dptune.sweeps.expand import ROOT, expand, included, jobs_of_sweep, names, parts, without_hydra
+from dptune.sweeps import jobs
+from dptune.sweeps.expand import expand, included, jobs_of_sweep, names, parts, without_hydra
+from dptune.sweeps.jobs import ROOT
 
 FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
 HUB_MODELS = sorted(
@@ -106,7 +108,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place for sweeps of one's own, with the groups of the real ones."""
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     (tmp_path / "sweeps" / "some").mkdir(parents=True)
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    for module in (sweep, jobs):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path / "sweeps"
 
 
@@ -247,3 +250,44 @@ def test_configs_and_sweeps_are_found_from_any_folder(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert len(jobs_of_sweep("smoke")) == 4
     assert sweep.ROOT.is_absolute()
+
+
+def test_an_expanded_sweep_is_remembered_until_a_file_or_the_question_changes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    for name in ("part", "other"):
+        write(folder / f"{name}.yaml", "", 'axes: [{environment.seed: "0,1"}]')
+    arguments = [f"compute.cache_dir={cache}", "hyperparameter.steps=7"]
+    first = jobs_of_sweep("part", arguments)
+    assert len(list((cache / "sweeps").iterdir())) == 1
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("composed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dptune.sweeps.expand._composed_jobs", refuse)
+        assert jobs_of_sweep("part", arguments) == first
+        for asked in (["part", [*arguments, "environment.seed=9"]], ["other", arguments]):
+            with pytest.raises(AssertionError, match="composed again"):
+                jobs_of_sweep(*asked)
+        damaged = next((cache / "sweeps").iterdir())
+        damaged.write_text("[{")
+        with pytest.raises(AssertionError, match="composed again"):
+            jobs_of_sweep("part", arguments)
+    assert jobs_of_sweep("part", arguments) == first
+    (folder / "part.yaml").write_text(
+        (folder / "part.yaml").read_text().replace("sweep: part", "sweep: part\nmethod: x")
+    )
+    assert {job.config.method for job in jobs_of_sweep("part", arguments)} == {"x"}
+
+
+def test_a_sweep_on_a_file_is_not_remembered(folder: Path, tmp_path: Path) -> None:
+    file, cache = tmp_path / "data.jsonl", tmp_path / "cache"
+    write(folder / "part.yaml", "", 'axes: [{environment.seed: "0,1"}]')
+    arguments = ["data=files", f"data.path={file}", "data.public=true", f"compute.cache_dir={cache}"]
+    ids = []
+    for text in ("{}", "[]\n"):
+        file.write_text(text)
+        ids.append([job.run_id for job in jobs_of_sweep("part", arguments)])
+    assert ids[0] != ids[1] and not cache.exists()

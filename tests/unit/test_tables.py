@@ -18,8 +18,8 @@ from dptune.report.render import great, markdown, to_csv, to_latex, write
 from dptune.report.results import Results, load_results, of_sweep
 from dptune.report.tables import comparison_table, cost_table, main_table, run_table, task_table
 from dptune.sweeps import expand as sweep
-from dptune.sweeps.expand import Job
 from dptune.sweeps.expand import jobs_of_sweep as jobs_of
+from dptune.sweeps.jobs import Job
 
 
 def finish(job: Job, accuracy: float, root: Path, sweep: str = "smoke") -> None:

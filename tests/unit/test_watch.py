@@ -12,7 +12,7 @@ from dptune.records.lock import locked
 from dptune.records.record import Metrics, Privacy, RunRecord
 from dptune.runs import watch
 from dptune.runs.watch import Watch, look_on
-from dptune.sweeps.expand import Job
+from dptune.sweeps.jobs import Job
 
 FAILED = "ValueError: no"
 

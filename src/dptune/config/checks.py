@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,66 @@ def strict(tree: DictConfig | Mapping[str, Any]) -> Config:
         ConfigError: with one line for a person.
     """
     source = tree if isinstance(tree, DictConfig) else OmegaConf.create(dict(tree))
+    with _errors_for_people():
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), OmegaConf.to_container(source, resolve=True)))
+    assert isinstance(config, Config)
+    return _checked(config)
+
+
+def with_values(config: Config, values: Iterable[tuple[str, Any]]) -> Config:
+    """A copy of a config with some fields, by their dotted names, replaced: as `strict`, a hundred times as fast.
+
+    Raises:
+        ConfigError: with one line for a person.
+    """
+    made = copy.deepcopy(config)
+    for name, value in values:
+        *parents, leaf = name.split(".")
+        node: Any = made
+        for parent in parents:
+            node = getattr(node, parent, None)
+        if not dataclasses.is_dataclass(node) or not hasattr(node, leaf):
+            raise ConfigError(unknown_key(name))
+        setattr(node, leaf, _typed(type(node), name, leaf, repr(value), value))
+    return _checked(made)
+
+
+def from_values(values: Mapping[str, Any]) -> Config:
+    """The config that `dataclasses.asdict` made these values of.
+
+    Raises:
+        TypeError: when they are of another schema.
+    """
+    made = _group(Config(), values)
+    assert isinstance(made, Config)
+    return made
+
+
+def _group(default: Any, values: Mapping[str, Any]) -> Any:
+    groups = {
+        name: _group(group, values[name]) for name, group in vars(default).items() if dataclasses.is_dataclass(group)
+    }
+    return type(default)(**{**values, **groups})
+
+
+def _typed(group: type[Any], name: str, leaf: str, text: str, value: Any) -> Any:
+    """A value as the field `leaf` of a group has it."""
+    if (group, leaf, text) not in _TYPED:
+        tree = OmegaConf.structured(group)
+        with _errors_for_people(name):
+            tree[leaf] = value
+        _TYPED[group, leaf, text] = OmegaConf.to_container(tree)[leaf]  # type: ignore[call-overload, index]
+    return copy.copy(_TYPED[group, leaf, text])
+
+
+_TYPED: dict[tuple[type[Any], str, str], Any] = {}
+
+
+@contextmanager
+def _errors_for_people(name: str | None = None) -> Iterator[None]:
+    """Errors of OmegaConf as one line each; `name` is the field, where OmegaConf sees a part of the tree only."""
     try:
-        values = OmegaConf.to_container(source, resolve=True)
-        merged = OmegaConf.merge(_schema(), values)
-        config = OmegaConf.to_object(merged)
+        yield
     except InterpolationKeyError as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
     except InterpolationResolutionError as error:
@@ -54,10 +112,12 @@ def strict(tree: DictConfig | Mapping[str, Any]) -> Config:
         reason = f"the environment variable {lacking[1]} is not set" if lacking else _first_line(error)
         raise ConfigError(f"{error.full_key}: {reason}; set it, or give {error.full_key}=...") from None
     except ConfigKeyError as error:
-        raise ConfigError(unknown_key(str(error.full_key))) from None
+        raise ConfigError(unknown_key(name or str(error.full_key))) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
-    assert isinstance(config, Config)
+        raise ConfigError(f"{name or error.full_key}: {_first_line(error)}") from None
+
+
+def _checked(config: Config) -> Config:
     _check_fields(config)
     _check_together(config)
     return config

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from dptune.report.settings import Setting
-    from dptune.sweeps.expand import Job
+    from dptune.sweeps.jobs import Job
 
 DONE, FAILED, RUNNING, MISSING = "done", "failed", "running or stopped", "missing"
 SUPERSEDED = "superseded"

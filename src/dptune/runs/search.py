@@ -36,7 +36,8 @@ from dptune.runs.privacy import make_plan
 from dptune.runs.run import LOG_FILE, run
 from dptune.runs.run import in_one_line as in_one_line
 from dptune.runs.setup import data_of
-from dptune.sweeps.expand import Job, released_by
+from dptune.sweeps.expand import released_by
+from dptune.sweeps.jobs import Job
 from dptune.sweeps.progress import NotDone, tried
 
 SECRET_FOLDER = "NON_PRIVATE_trials"

@@ -15,7 +15,7 @@ from dptune.sweeps.progress import Display, in_time, time_left
 from dptune.sweeps.status import State, of_run
 
 if TYPE_CHECKING:
-    from dptune.sweeps.expand import Job
+    from dptune.sweeps.jobs import Job
 
 EVERY = 0.5
 """Seconds between two looks at the runs of a sweep."""

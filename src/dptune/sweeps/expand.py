@@ -13,11 +13,11 @@ A search (sweeper `random`) has `prior` instead of `axes`, one grid of candidate
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,45 +25,22 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dptune.config.checks import strict
+from dptune.config.checks import strict, with_values
 from dptune.config.schema import Config, ConfigError
 from dptune.identity import run_id
+from dptune.sweeps.jobs import ROOT, Job, remembered
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
 
-ROOT = next(folder for folder in (Path(__file__).parents[1], Path(__file__).parents[3]) if (folder / "conf").is_dir())
-"""Where `conf/` and `sweeps/` lie: in the repository, or inside an installed package."""
-
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("dptune_root", lambda: str(ROOT), replace=True)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep."""
-
-    run_id: str
-    config: Config
-    overrides: tuple[str, ...]
-    """All overrides, as given to Hydra."""
-    varied: tuple[str, ...]
-    """What sets it apart: those that take several values, in the file or on the command line, and those of its axis."""
-    is_search: bool = False
-    """It is the run that a search releases: its config is known when the search is finished."""
-
-    @property
-    def setting(self) -> str:
-        """What sets it apart, for people: the last part of each name, the seed at the end."""
-        items = [item.lstrip("+~").partition("=") for item in self.varied]
-        words = [f"{name.rpartition('.')[2]}{equals}{value}" for name, equals, value in items]
-        return ", ".join(sorted(words, key=lambda word: word.startswith("seed=")))
 
 
 def grid(overrides: Iterable[str]) -> list[list[str]]:
@@ -180,11 +157,11 @@ def jobs_of(
         ConfigError: naming the overrides of the first job that cannot be run. Nothing has been started then.
     """
     jobs: dict[str, Job] = {}
-    composed: dict[tuple[str, ...], DictConfig] = {}
+    composer = Composer(loader, master)
     own = axes or ([] if include else [{}])
     every = [*own, *(axis for name in include for axis in included(name))]
     for overrides, varied in expand(common, every, arguments):
-        config = strict(compose(loader, master, overrides, composed))
+        config = composer.config(overrides)
         identity = run_id(config)
         jobs.setdefault(identity, Job(identity, config, tuple(overrides), tuple(varied)))
     return list(jobs.values())
@@ -197,30 +174,50 @@ def released_by(candidates: Sequence[Job], mean: float, eta: float) -> Job:
     return Job(hashlib.sha256(text.encode()).hexdigest()[:12], first.config, first.overrides, (), is_search=True)
 
 
-def compose(
-    loader: ConfigLoader, master: DictConfig, overrides: Sequence[str], composed: dict[tuple[str, ...], DictConfig]
-) -> DictConfig:
-    """The tree of one job without Hydra's part.
+class Composer:
+    """Composes the configs of many jobs.
 
-    Composing is slow, so that jobs with the same choices of groups share it: `composed` holds what they have in common,
-    and values, which have dotted names, are put on top as Hydra does it.
+    Composing is slow, so that jobs with the same choices of groups share it; values, which have dotted names, are put
+    on top as Hydra does it.
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    # Only plain values: what adds or removes a key is left to Hydra.
-    plain = [item for item in parsed if item.type == OverrideType.CHANGE and item.package is None]
-    values = [item for item in plain if "." in item.key_or_group and not item.key_or_group.startswith("hydra.")]
-    groups = tuple(str(item.input_line) for item in parsed if item not in values)
-    if groups not in composed:
-        composed[groups] = without_hydra(loader.load_sweep_config(master, list(groups)))
-    tree = composed[groups].copy()
-    for item in values:
-        try:
-            OmegaConf.update(tree, item.key_or_group, item.value(), merge=True)
-        except (ConfigAttributeError, ConfigKeyError) as error:
-            raise ConfigCompositionException(f"Could not override '{item.key_or_group}'.") from error
-        except OmegaConfBaseException as error:
-            raise ConfigCompositionException(f"Error merging override {item.input_line}") from error
-    return tree
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
+        self._loader, self._master = loader, master
+        self._composed: dict[tuple[str, ...], tuple[DictConfig, Config | None]] = {}
+
+    def config(self, overrides: Sequence[str]) -> Config:
+        """The checked config of one job.
+
+        Raises:
+            ConfigError: for a job that cannot be run.
+        """
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        # Only plain values: what adds or removes a key is left to Hydra.
+        plain = [item for item in parsed if item.type == OverrideType.CHANGE and item.package is None]
+        values = [item for item in plain if "." in item.key_or_group and not item.key_or_group.startswith("hydra.")]
+        tree, config = self._shared([item for item in parsed if item not in values])
+        if config is not None and not any(isinstance(item.value(), dict) for item in values):
+            return with_values(config, ((item.key_or_group, item.value()) for item in values))
+        tree = tree.copy()
+        for item in values:
+            try:
+                OmegaConf.update(tree, item.key_or_group, item.value(), merge=True)
+            except (ConfigAttributeError, ConfigKeyError) as error:
+                raise ConfigCompositionException(f"Could not override '{item.key_or_group}'.") from error
+            except OmegaConfBaseException as error:
+                raise ConfigCompositionException(f"Error merging override {item.input_line}") from error
+        return strict(tree)
+
+    def _shared(self, choices: Sequence[Override]) -> tuple[DictConfig, Config | None]:
+        """What choices of groups make: the tree and, if nothing in it waits for a value of a job, the config."""
+        key = tuple(str(item.input_line) for item in choices)
+        if key not in self._composed:
+            tree, config = without_hydra(self._loader.load_sweep_config(self._master, list(key))), None
+            if "${" not in OmegaConf.to_yaml(tree):
+                with contextlib.suppress(ConfigError):  # Data without its path, say, which each job gives.
+                    config = strict(tree)
+            self._composed[key] = tree, config
+        return self._composed[key]
 
 
 def without_hydra(tree: DictConfig) -> DictConfig:
@@ -234,9 +231,17 @@ def without_hydra(tree: DictConfig) -> DictConfig:
 def jobs_of_sweep(name: str, arguments: Sequence[str] = ()) -> list[Job]:
     """The runs of the sweep `name` with some overrides on top, without running anything; of a search the released one.
 
+    What was expanded once is remembered below the cache folder.
+
     Raises:
         ConfigError: for an unknown name or a job that cannot be run.
     """
+    given = dict(item.split("=", 1) for item in arguments if "=" in item)
+    cache = Path(given.get("compute.cache_dir", Config().compute.cache_dir)) / "sweeps"
+    return remembered(cache, [name, *arguments], lambda: _composed_jobs(name, arguments))
+
+
+def _composed_jobs(name: str, arguments: Sequence[str]) -> list[Job]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="dptune"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", [f"sweeps={name}", *arguments], RunMode.MULTIRUN)

@@ -14,7 +14,7 @@ from dptune.records.lock import holder
 from dptune.records.record import RecordError, RunState, run_state, run_states
 
 if TYPE_CHECKING:
-    from dptune.sweeps.expand import Job
+    from dptune.sweeps.jobs import Job
 
 
 class State(StrEnum):
