@@ -2,6 +2,7 @@
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def test_imports_go_one_way(path: Path) -> None:
         return
     parts = {name.split(".")[1] for name in imports(path) if name.startswith("dptune.") and name != "dptune"}
     assert parts - {part} <= ALLOWED[part]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Wherever an import stands: at the top, in a function or for the type checker alone."""
+    modules = {".".join(("dptune", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in FILES}
+    graph = {name: (imports(path) & modules.keys()) - {name} for name, path in modules.items()}
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("part", [*LIGHT, *(f"privacy.{name}" for name in LIGHT_PRIVACY)])

@@ -13,7 +13,7 @@ from dptune.data.batches import InputFormat, collate, example_losses
 from dptune.data.encoding import encode
 from dptune.models import adapters
 from dptune.privacy.engines import ENGINES
-from dptune.privacy.mechanism import groups_of
+from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.sampling import Batch
 from dptune.privacy.streams import KeyRing, Purpose
@@ -75,7 +75,7 @@ def run_shared(plan, tokenizer, *, engine: str = "opacus", physical: int = 3, **
             rows,
             sampler=Scripted(),
             engine=ENGINES[engine](model, example_losses),
-            mechanism=plan.mechanism(groups, KEYS),
+            mechanism=Mechanism(plan, groups, KEYS),
             groups=groups,
             projection=FullSpace(groups),
             hyperparameter=HYPER,
@@ -176,7 +176,7 @@ def test_every_trained_parameter_moves_and_no_frozen_one(tokenizer) -> None:
 def test_an_update_without_all_gradients_is_refused(tokenizer) -> None:
     parameters, _ = run_shared(OPEN, tokenizer)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, "all")
-    gradients = OPEN.mechanism(groups, KEYS).release(0).gradients
+    gradients = Mechanism(OPEN, groups, KEYS).release(0).gradients
     gradients.pop(next(iter(parameters)))
     with pytest.raises(ValueError, match="differ in"):
         update(parameters, gradients, dict.fromkeys(parameters, 0.0), torch.optim.SGD(parameters.values(), lr=0.1))

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,6 @@ from dptune.privacy.events import Event, PlanError
 from dptune.privacy.sampling import PoissonSampler, cap_per_user
 from dptune.privacy.schedules import Schedule
 from dptune.privacy.streams import KeyRing, NoiseMode
-
-if TYPE_CHECKING:
-    from dptune.privacy.allocation import Group
-    from dptune.privacy.mechanism import Mechanism
 
 __all__ = ["Allocation", "Clipping", "PlanError", "PrivacyPlan", "QuantileTracking", "Schedule"]
 
@@ -340,12 +336,6 @@ class PrivacyPlan:
     def _check_units(self, what: str, found: int) -> None:
         if found != self.num_units:
             raise PlanError(f"the plan is for {self.num_units} {what}, the data have {found}: set num_units to match")
-
-    def mechanism(self, groups: Sequence[Group], keys: KeyRing) -> Mechanism:
-        """The mechanism that clips, sums, noises and normalises for this plan (needs torch)."""
-        from dptune.privacy.mechanism import Mechanism
-
-        return Mechanism(self, groups, keys)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; :meth:`from_dict` inverts it."""

@@ -29,7 +29,7 @@ from dptune.models.state import AdapterState
 from dptune.privacy.accounting import rounded_up
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.ledger import WriteAheadLedger
-from dptune.privacy.mechanism import groups_of
+from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.selection import noisy_score
 from dptune.records import mirror as tracking
@@ -387,7 +387,7 @@ def train_adapter(
         layout=layout,
         stored=start.state["projection"] if start else None,
     )
-    mechanism = plan.mechanism(projection.groups, keys)
+    mechanism = Mechanism(plan, projection.groups, keys)
 
     def before_step(step: int) -> None:
         if folder is not None:
