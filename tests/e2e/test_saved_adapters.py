@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dptune.config.adapters import ADAPTERS
 from dptune.config.schema import Config
 from dptune.data.sources import load_dataset
 from dptune.models import adapters
@@ -58,7 +59,7 @@ print(json.dumps(result))
 def test_a_fresh_process_gets_the_recorded_accuracy(config: Config, model_folder: Path) -> None:
     records = {}
     config.data.test_size = 16  # every option of each is scored by itself, for every kind
-    for kind in sorted(adapters.KINDS, key=OURS.__contains__):  # what needs no dptune first
+    for kind in sorted(ADAPTERS, key=OURS.__contains__):  # what needs no dptune first
         config.adapter.name, config.adapter.virtual_tokens = kind, 3
         # A strong update, so that the adapter decides the answers.
         config.hyperparameter.learning_rate, config.hyperparameter.max_grad_norm = 0.1, 1.0

@@ -14,11 +14,12 @@ from numerics import assert_close_to_largest, differs
 from peft import PeftModel
 from safetensors import safe_open
 
-from dptune.config.schema import ADAPTERS, AdapterConfig, ConfigError
+from dptune.config.adapters import ADAPTERS
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
-from dptune.models.adapters import KINDS, attach, model_type_of
+from dptune.models.adapters import attach, model_type_of
 from dptune.models.peft_adapters import quiet
 from dptune.models.pst import PrunedLinear, nonzeros, sparsity_after
 from dptune.privacy.engines import ENGINES
@@ -30,7 +31,7 @@ RANK = 2
 CELLS = [
     (backbone, name)
     for backbone in BACKBONES
-    for name, kind in KINDS.items()
+    for name, kind in ADAPTERS.items()
     if not (backbone == "gpt2" and "gpt2" in kind.impossible)
 ]
 
@@ -131,7 +132,7 @@ def test_a_fresh_adapter_trains_what_it_should_and_starts_at_the_backbone(backbo
         key.rpartition(".")[0] for key, value in model.named_parameters(remove_duplicate=False) if value.requires_grad
     }
     assert owners == {key for key, module in model.named_modules() if module.training}
-    assert torch.equal(logits(model), before) is KINDS[name].unchanged
+    assert torch.equal(logits(model), before) is ADAPTERS[name].unchanged
 
 
 @EACH_CELL
@@ -474,7 +475,3 @@ def test_low_precision_backbones_carry_adapters_in_float32_but_are_not_trained_t
         example_losses(adapted, collate([Encoded((5, 6, 7), 1)], layout_of("llama"))).sum().backward()
         gradients = [value.grad for value in adapters.trainable_parameters(adapted).values()]
         assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients), name
-
-
-def test_every_adapter_has_its_rules_and_its_function() -> None:
-    assert set(KINDS) == set(ADAPTERS)

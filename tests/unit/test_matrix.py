@@ -9,6 +9,7 @@ import torch
 from backbones_for_tests import BACKBONES
 from numerics import assert_close_to_largest
 
+from dptune.config.adapters import ADAPTERS
 from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
@@ -62,7 +63,7 @@ def model_start(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("backbone", list(BACKBONES))
-@pytest.mark.parametrize("kind", list(adapters.KINDS))
+@pytest.mark.parametrize("kind", list(ADAPTERS))
 def test_a_cell_is_right_or_says_why_not(kind: str, backbone: str) -> None:
     model = BACKBONES[backbone]()
     model.config.architectures = [type(model).__name__]  # as in a saved one

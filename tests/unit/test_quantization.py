@@ -12,7 +12,8 @@ from peft import PeftModel
 from scipy.stats import norm
 from transformers.pytorch_utils import Conv1D
 
-from dptune.config.schema import ADAPTERS, AdapterConfig, ConfigError
+from dptune.config.adapters import ADAPTERS
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
@@ -136,7 +137,7 @@ def adapted(model: torch.nn.Module, name: str) -> torch.nn.Module:
     return made
 
 
-MATRIX = [(name, "llama", "nf4") for name in adapters.KINDS] + [
+MATRIX = [(name, "llama", "nf4") for name in ADAPTERS] + [
     (name, backbone, kind)
     for name in ("lora", "dora", "ia3", "bitfit", "houlsby", "prefix")
     for backbone in ("gpt2", "bert", "t5")

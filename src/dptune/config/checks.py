@@ -21,9 +21,9 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from dptune.config.adapters import ADAPTERS
 from dptune.config.files import data_files
 from dptune.config.schema import (
-    ADAPTERS,
     EMBEDDED,
     SPLITS,
     SUPPORTDESK,

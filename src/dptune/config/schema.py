@@ -1,16 +1,18 @@
-"""What one run is: the typed config tree, its checks and its identity.
+"""What one run is: the typed config tree.
 
-`conf/` holds named choices for each group below; Hydra composes them into one tree, `strict` turns that tree into
-`Config` and refuses everything it does not know, and `run_id` names the result. Imports nothing of dptune and no torch,
-so that a wrong config fails before anything heavy is loaded.
+`conf/` holds named choices for each group below; Hydra composes them into one tree, and `checks.strict` turns that tree
+into a `Config` and refuses everything it does not know. Nothing here imports torch or numpy, so that a wrong config
+fails before anything heavy is loaded; of dptune only `privacy.rules`, whose dicts are the choices of a privacy plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
+
+from dptune.config.adapters import ADAPTERS
+from dptune.privacy.rules import ALLOCATIONS, CLIPPINGS, GROUPINGS, SCHEDULES, UNITS, WEIGHTS, NoiseMode
 
 EMBEDDED = ("tiny", "nano")
 """Backbones that are shipped with the package."""
@@ -32,9 +34,9 @@ class ConfigError(ValueError):
     """A config that cannot be run: one line that names the field, what is wrong and the way out."""
 
 
-def _one_of(*choices: str) -> Any:
-    """A string field whose first choice is the default."""
-    return field(default=choices[0], metadata={"choices": choices})
+def _one_of(*choices: str, default: str | None = None) -> Any:
+    """A string field; the first choice is the default unless another one is named."""
+    return field(default=default or choices[0], metadata={"choices": choices})
 
 
 def _number(default: Any, **bounds: float) -> Any:
@@ -55,35 +57,6 @@ class ModelConfig:
     """Model on the Hugging Face Hub; loaded if there is no `path`. Safetensors and tokenizer only."""
     revision: str | None = None
     """Commit of `repo`, all 40 digits: a branch may hold other weights tomorrow."""
-
-
-@dataclass(frozen=True)
-class AdapterRules:
-    """What goes together with a kind of adapter on any backbone."""
-
-    placed: bool = True
-    """Whether `target_modules` and `top_layers` say where it is."""
-    top_only: bool = False
-    """Whether only `top_layers` does."""
-    own_weights: bool = False
-    """Whether it trains the backbone's own parameters, which must be float32 then."""
-    changes_matrices: bool = False
-    """Whether it trains or prunes the matrices of linear layers, which must not be rounded then."""
-
-
-ADAPTERS: Mapping[str, AdapterRules] = {
-    **dict.fromkeys(
-        ("lora", "ffa_lora", "lora_xs", "dora", "adalora", "vera", "ia3", "loha", "lokr", "oft", "boft", "fourierft"),
-        AdapterRules(),
-    ),
-    **dict.fromkeys(("prompt", "p_tuning", "prefix"), AdapterRules(placed=False)),
-    **dict.fromkeys(("houlsby", "pfeiffer", "parallel"), AdapterRules(top_only=True)),
-    **dict.fromkeys(("bitfit", "ln_tuning"), AdapterRules(own_weights=True)),
-    "head": AdapterRules(placed=False, own_weights=True),
-    "full": AdapterRules(top_only=True, own_weights=True, changes_matrices=True),
-    "pst": AdapterRules(changes_matrices=True),
-}
-"""Every choice of `adapter.name`."""
 
 
 @dataclass
@@ -120,7 +93,7 @@ class PrivacyConfig:
     """Label of the setting in tables."""
     enabled: bool = True
     """False trains without clip and noise, on the same path; its results say "non-private"."""
-    unit: str = _one_of("example", "user_els", "user_uls")
+    unit: str = _one_of(*UNITS)
     """Unit of privacy: one example, or one user by sampling examples (ELS) or users (ULS)."""
     target_epsilon: float | None = _number(8.0, above=0)
     """The noise multiplier is calibrated so that training spends at most this epsilon."""
@@ -130,15 +103,15 @@ class PrivacyConfig:
     """Fixed before training; must be below one over the number of protected units."""
     examples_per_user: int | None = _number(None, least=1)
     """User-level only: ELS keeps at most this many examples a user, ULS averages at most this many."""
-    clipping: str = _one_of("scaled_flat", "flat", "group", "auto_s", "auto_v", "psac")
+    clipping: str = _one_of(*CLIPPINGS, default="scaled_flat")
     """How one unit's gradient is bounded (SPECIFICATION.md 2.1 and 4)."""
     clipping_stability: float = _number(0.01, above=0)
     """The constant gamma of AUTO-S and r of PSAC."""
-    grouping: str = _one_of("matrix", "all", "module", "layer", "kind")
+    grouping: str = _one_of(*GROUPINGS, default="matrix")
     """What a group of parameters is."""
-    allocation: str = _one_of("min_energy", "uniform", "equal_budget", "equal_snr", "joint", "lora_weight_space")
+    allocation: str = _one_of(*ALLOCATIONS, default="min_energy")
     """How noise is shared over the groups at a fixed total (SPECIFICATION.md 2.2 to 2.5)."""
-    allocation_weights: str = _one_of("released_energy", "static", "adam")
+    allocation_weights: str = _one_of(*WEIGHTS, default="released_energy")
     """Importance of a group: constant, or from gradients that were already released (SPECIFICATION.md 2.6)."""
     allocation_ema: float = _number(0.8, least=0, below=1)
     """Memory of the released energies."""
@@ -150,10 +123,10 @@ class PrivacyConfig:
     """Step of the tracker in log scale."""
     quantile_share: float = _number(0.01, above=0, below=1)
     """Share of each step's budget that the quantile bits take."""
-    schedule: str = _one_of("constant", "linear", "cosine", "step", "exponential", "lambert")
+    schedule: str = _one_of(*SCHEDULES)
     """Public schedule of the noise multiplier over the steps (SPECIFICATION.md 3)."""
     schedule_ratio: float = _number(0.5, above=0)
-    """Last over first noise multiplier of the schedule; for `lambert` the decay of influence a step."""
+    """Last over first noise multiplier of the schedule; `constant` has none."""
     projection: str = _one_of("none", "random", "history", "rgp", "public", "private")
     """Clip and noise in a subspace of each group: random and public, half from past releases, low-rank carriers from
     past releases (`rgp`, arXiv:2106.09352), from gradients of public data (the support desk's "dev"), or from private
@@ -167,7 +140,7 @@ class PrivacyConfig:
     score_noise_multiplier: float | None = _number(None, above=0)
     """Count the right answers on the private validation split, with Gaussian noise of this standard deviation, as the
     score that a search chooses by (SPECIFICATION.md 8.2). Null: no score; the validation split is not looked at."""
-    noise_mode: str = _one_of("auto", "reproducible", "secure")
+    noise_mode: str = _one_of("auto", *get_args(NoiseMode))
     """`secure`: keys from the operating system, never stored. `reproducible`: from the seed, so that the epsilon is
     accounted but not realised for anyone who knows the seed. `auto`: reproducible for public stand-in data,
     else secure.
@@ -416,7 +389,7 @@ class Config:
     """Name of the sweep that asked for the run; set by the files of `sweeps`."""
 
 
-def noise_mode(config: Config) -> Literal["reproducible", "secure"]:
+def noise_mode(config: Config) -> NoiseMode:
     """The noise mode of a run with `auto` resolved: data that is not a public stand-in is private."""
     if config.privacy.noise_mode == "auto":
         return "reproducible" if is_public(config.data) else "secure"
