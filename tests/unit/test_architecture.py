@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "dptune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# Rooms stand on floors: each imports from those that it names, all of them below. privacy stands alone.
+# Rooms stand on floors: each imports from those that it names, all of them below. privacy stands alone; of it, config
+# sees the choices of a plan, which are plain Python.
 ALLOWED: dict[str, set[str]] = {
-    "config": set(),
     "privacy": set(),
+    "config": {"privacy"},
     "records": {"config"},
     "identity": {"config"},
     "data": {"config", "identity"},
@@ -31,6 +34,10 @@ ALLOWED: dict[str, set[str]] = {
 }
 LIGHT = ["config", "identity", "records", "sweeps", "runs.privacy", "runs.watch", "report", "installation"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
+CHOICES = {"dptune.privacy.rules"} | {
+    f"dptune.privacy.rules.{name}"
+    for name in ("ALLOCATIONS", "CLIPPINGS", "GROUPINGS", "SCHEDULES", "UNITS", "WEIGHTS", "NoiseMode")
+}
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 
 
@@ -67,6 +74,13 @@ def test_imports_go_one_way(path: Path) -> None:
         return
     parts = {name.split(".")[1] for name in imports(path) if name.startswith("dptune.") and name != "dptune"}
     assert parts - {part} <= ALLOWED[part]
+    if part == "config":
+        assert {name for name in imports(path) if name.startswith("dptune.privacy")} <= CHOICES
+
+
+def test_a_config_is_checked_without_anything_heavy() -> None:
+    code = "import sys, dptune.config.checks; assert not {'numpy', 'scipy', 'torch', 'pandas'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("room", ["config", "records", "privacy", "data", "models", "training", "sweeps", "runs"])

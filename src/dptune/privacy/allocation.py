@@ -2,7 +2,7 @@
 
 All groups are released together from one batch, so the step is a single Gaussian mechanism and not one per
 group. What may differ from group to group is everything that is public or a function of what was released
-before; what may not is the joint noise multiplier, which `PrecisionLedger` checks.
+before; what may not is the joint noise multiplier, which `PrecisionBudget` checks.
 """
 
 from __future__ import annotations
@@ -16,15 +16,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Vector = NDArray[np.float64]
+from dptune.privacy.rules import ALLOCATIONS, WEIGHTS, row_of
 
-FAMILY: dict[str, tuple[float, float]] = {
-    "uniform": (0.0, 0.0),
-    "equal_budget": (1.0, 0.0),
-    "min_energy": (0.5, 0.5),
-    "equal_snr": (1.0, 1.0),
-}
-"""Exponents (a, b) of s_g^2 = sigma^2 Z C_g^(2a) (w_g d_g)^(-b) (SPECIFICATION.md 2.2)."""
+Vector = NDArray[np.float64]
 
 
 class PrecisionError(ValueError):
@@ -136,11 +130,11 @@ def noise_stds(rule: str, thresholds: ArrayLike, dimensions: ArrayLike, weights:
     """Noise standard deviations s_g, on the sum, which spend exactly the precision of `sigma` (2.2).
 
     `min_energy` minimises sum_g w_g d_g s_g^2; `joint` and `lora_weight_space` are the same rule with
-    thresholds of `joint_thresholds` or weights of `lora_weights`. A group of threshold 0 is frozen: except
+    thresholds of `joint_thresholds` or weights of `lora_group_weights`. A group of threshold 0 is frozen: except
     under `uniform`, it gets no noise and must release zeros.
 
     Args:
-        rule: A key of `FAMILY`, `joint` or `lora_weight_space`.
+        rule: A key of `ALLOCATIONS`.
         thresholds: C_g >= 0, shape (G,).
         dimensions: d_g, shape (G,).
         weights: w_g > 0, shape (G,); only their ratios matter.
@@ -149,10 +143,8 @@ def noise_stds(rule: str, thresholds: ArrayLike, dimensions: ArrayLike, weights:
     Raises:
         ValueError: If the rule is unknown, or no threshold is positive.
     """
-    rule = "min_energy" if rule in ("joint", "lora_weight_space") else rule
-    if rule not in FAMILY:
-        raise ValueError(f"allocation rule {rule!r} is unknown; choose one of {', '.join(FAMILY)}")
-    a, b = FAMILY[rule]
+    row = row_of(ALLOCATIONS, rule, "allocation rule")
+    a, b = row.a, row.b
     c, wd = np.asarray(thresholds, float), np.asarray(weights, float) * np.asarray(dimensions, float)
     live = c > 0.0
     if not live.any():
@@ -201,16 +193,11 @@ def clamp_weights(weights: ArrayLike, floor: float) -> Vector:
     return np.clip(w / top, floor, 1.0) if top > 0.0 else np.ones_like(w)
 
 
-def lora_weights(norm_a_squared: float, norm_b_squared: float, rank: int) -> tuple[float, float]:
-    """Weights (w_A, w_B) = (|B|_F^2 / r, |A|_F^2 / r): the factors' noise in BA, to first order (2.5)."""
-    return norm_b_squared / rank, norm_a_squared / rank
-
-
 def lora_group_weights(groups: Sequence[Group], squared_norms: Mapping[str, float]) -> dict[str, float]:
-    """Weights of groups of LoRA factors: the mean of `lora_weights` over the coordinates (2.5).
+    """Weights of groups of LoRA factors, by the noise that they put into BA to first order (2.5).
 
-    Costs nothing as long as the norms are those of public or released parameters. A parameter that is not a
-    factor counts with weight 1: its noise is seen where it is added.
+    A factor weighs its partner's squared norm over the rank, any other parameter 1, a group the mean over its
+    coordinates. This costs nothing as long as the norms are those of public or released parameters.
 
     Args:
         groups: The groups, whose parameters are named as PEFT does (`...lora_A...`, `...lora_B...`).
@@ -237,11 +224,6 @@ def lora_group_weights(groups: Sequence[Group], squared_norms: Mapping[str, floa
         )
         for group in groups
     }
-
-
-def lora_gauge(norm_a_squared: float, norm_b_squared: float, d_in: int, d_out: int) -> float:
-    """The c of (B, A) -> (B/c, cA) which leaves BA as it is and minimises its first-order noise (2.5)."""
-    return float((d_in * norm_b_squared / (d_out * norm_a_squared)) ** 0.25)
 
 
 def debiased_energy(
@@ -336,20 +318,17 @@ class AllocationState:
         """Weights w_g of the next step, in [floor, 1], shape (G,) (2.6).
 
         Args:
-            kind: `static` (ones), `released_energy` (one over the energy, as far as it can be resolved) or
-                `adam`.
+            kind: A key of `WEIGHTS`.
             floor: Smallest ratio to the largest weight.
+
+        Raises:
+            ValueError: If the kind is unknown.
         """
-        if kind == "static" or self.steps == 0:
+        inverse = row_of(WEIGHTS, kind, "allocation weights")
+        if self.steps == 0:
             return np.ones(len(self.groups))
-        if kind == "released_energy":
-            scale = np.maximum(self.energy, self.resolution)
-        elif kind == "adam":
-            scale = np.asarray(self.second_moment)
-        else:
-            raise ValueError(f"weights {kind!r} are unknown; choose static, released_energy or adam")
         with np.errstate(divide="ignore"):
-            return clamp_weights(1.0 / scale, floor)
+            return clamp_weights(1.0 / np.asarray(inverse(self.energy, self.resolution, self.second_moment)), floor)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

@@ -10,7 +10,6 @@ Clip bounds and noise are functions of the plan and of what was released before,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +30,12 @@ from dptune.privacy.allocation import (
     noise_stds,
     share_std,
 )
-from dptune.privacy.clipping import ClippedSum, ClipRule, clip_and_sum
+from dptune.privacy.clipping import NONE, ClippedSum, ClipRule, clip_and_sum
 from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.rules import GROUPINGS, row_of
 from dptune.privacy.streams import KeyRing, Purpose, grid_of
 
 _BITS = "quantile bits"  # name of the noise stream of the quantile tracker
-
-_ADAPTER_PART = re.compile(r"(lora|vera|ia3|hada|lokr|oft|boft|hra|adapter)_\w+|modules_to_save")
 
 
 def groups_of(named_shapes: Mapping[str, torch.Size], grouping: str) -> tuple[Group, ...]:
@@ -45,20 +43,17 @@ def groups_of(named_shapes: Mapping[str, torch.Size], grouping: str) -> tuple[Gr
 
     Args:
         named_shapes: Shape of each trainable parameter, by its name in the model.
-        grouping: `all`: one group; `matrix`: each parameter; `module`: the parameters which adapt one module
-            (both factors of LoRA); `layer`: everything in one layer, by the first number in the name; `kind`:
-            the same parameter of all layers.
+        grouping: A key of `GROUPINGS`.
 
     Raises:
         ValueError: If the grouping is unknown or there are no parameters.
     """
-    if grouping not in _GROUP_NAMES:
-        raise ValueError(f"grouping {grouping!r} is unknown; choose one of {', '.join(_GROUP_NAMES)}")
+    group_of = row_of(GROUPINGS, grouping, "grouping")
     if not named_shapes:
         raise ValueError("the adapter has no trainable parameters; nothing can be trained")
     members: dict[str, list[str]] = {}
     for name in named_shapes:
-        members.setdefault(_GROUP_NAMES[grouping](name), []).append(name)
+        members.setdefault(group_of(name), []).append(name)
     return tuple(
         Group(
             name=group,
@@ -68,26 +63,6 @@ def groups_of(named_shapes: Mapping[str, torch.Size], grouping: str) -> tuple[Gr
         )
         for group, names in members.items()
     )
-
-
-def _module_of(name: str) -> str:
-    parts = name.split(".")
-    adapter = next((i for i, part in enumerate(parts) if _ADAPTER_PART.fullmatch(part)), len(parts) - 1)
-    return ".".join(parts[:adapter]) or name
-
-
-def _layer_of(name: str) -> str:
-    number = re.search(r"(?:^|\.)\d+(?=\.|$)", name)
-    return name[: number.end()] if number else "outside the layers"
-
-
-_GROUP_NAMES: dict[str, Callable[[str], str]] = {
-    "all": lambda name: "all",
-    "matrix": lambda name: name,
-    "module": _module_of,
-    "layer": _layer_of,
-    "kind": lambda name: re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name),
-}
 
 
 @dataclass(frozen=True)
@@ -333,14 +308,14 @@ class Mechanism:
             raise ValueError(f"all {self.plan.steps} steps of the plan are released; a longer run needs its own plan")
         if not self.plan.private:
             nothing = (0.0,) * len(self.groups)
-            return _Step(0.0, 0.0, 0.0, ClipRule("none", self._state.thresholds, self._state.thresholds, nothing, 0.0))
+            return _Step(0.0, 0.0, 0.0, ClipRule(NONE, self._state.thresholds, self._state.thresholds, nothing, 0.0))
         allocation, tracker = self.plan.allocation, self.plan.quantile
         sigma = float(self._sigmas[self._next_step])
         bit_std = share_std(sigma, 0.5, tracker.share / len(self.groups)) if tracker else 0.0
         gradient_sigma = PrecisionBudget(self._bit_rows(bit_std)).remaining(sigma)
         weights = self._weights()
         thresholds = np.asarray(self._state.thresholds)
-        if allocation.rule == "joint" and tracker is not None:
+        if allocation.row.solves_thresholds and tracker is not None:
             means = mean_of_quantile(thresholds, tracker.quantile)
             thresholds = joint_thresholds(
                 means, self._dimensions, weights, gradient_sigma, self.plan.expected_batch_size
@@ -358,10 +333,10 @@ class Mechanism:
 
     def _weights(self) -> Vector:
         allocation = self.plan.allocation
-        if allocation.rule != "lora_weight_space":
+        if not allocation.row.takes_weights:
             return self._state.weights(allocation.weights, allocation.floor)
         if self._public_weights is None:
-            raise ValueError("allocation rule lora_weight_space: call set_public_weights before the first step")
+            raise ValueError(f"allocation rule {allocation.rule}: call set_public_weights before the first step")
         return clamp_weights([self._public_weights[group.name] for group in self.groups], allocation.floor)
 
     def _bit_rows(self, bit_std: float) -> tuple[PrecisionRow, ...]:

@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +20,20 @@ from numpy.typing import NDArray
 from dptune.privacy import accounting
 from dptune.privacy.accounting import Reported
 from dptune.privacy.events import Event, PlanError
+from dptune.privacy.rules import (
+    ALLOCATIONS,
+    CLIPPINGS,
+    GROUPINGS,
+    UNITS,
+    WEIGHTS,
+    AllocationRule,
+    NoiseMode,
+)
 from dptune.privacy.sampling import PoissonSampler, cap_per_user
 from dptune.privacy.schedules import Schedule
-from dptune.privacy.streams import KeyRing, NoiseMode
+from dptune.privacy.streams import KeyRing
 
 __all__ = ["Allocation", "Clipping", "PlanError", "PrivacyPlan", "QuantileTracking", "Schedule"]
-
-Unit = Literal["example", "user_els", "user_uls"]
-ClippingKind = Literal["flat", "group", "scaled_flat", "auto_s", "auto_v", "psac"]
-Grouping = Literal["all", "matrix", "module", "layer", "kind"]
-Rule = Literal["uniform", "equal_budget", "min_energy", "equal_snr", "joint", "lora_weight_space"]
-Weights = Literal["static", "released_energy", "adam"]
 
 
 def _floats(value: Any) -> Any:
@@ -42,8 +45,8 @@ def _floats(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _one_of(name: str, value: object, literal: Any, why: str = "") -> None:
-    allowed = get_args(literal)
+def _one_of(name: str, value: str, choices: Iterable[str], why: str = "") -> None:
+    allowed = tuple(choices)
     if value not in allowed:
         reason = f"; {why}" if why else ""
         raise PlanError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{reason}")
@@ -64,15 +67,15 @@ class Clipping:
     """How one unit's gradient is bounded (SPECIFICATION.md 2.1 and 4.2).
 
     Attributes:
-        kind: ``flat``, ``group`` (M1), ``scaled_flat`` (M2), or the automatic clippings AUTO-S, AUTO-V, PSAC.
+        kind: A key of `CLIPPINGS`.
         stability: the constant gamma of AUTO-S and r of PSAC.
     """
 
-    kind: ClippingKind = "flat"
+    kind: str = "flat"
     stability: float = 0.01
 
     def __post_init__(self) -> None:
-        _one_of("clipping kind", self.kind, ClippingKind)
+        _one_of("clipping kind", self.kind, CLIPPINGS)
         _within("clipping stability", self.stability, 0, math.inf)
 
 
@@ -81,25 +84,29 @@ class Allocation:
     """How noise is shared over the groups at a pinned joint noise multiplier (SPECIFICATION.md 2.2 to 2.6).
 
     Attributes:
-        rule: member of the family, ``joint`` thresholds, or LoRA weight-space weights.
-        weights: importance of a group: constant, or from what was already released. Nothing else is accepted,
-            because weights that look at anything private but unreleased would have to be paid for.
+        rule: A key of `ALLOCATIONS`.
+        weights: A key of `WEIGHTS`: how important a group is.
         ema: memory of the released energies, in [0, 1).
         floor: smallest over largest weight, in (0, 1].
     """
 
-    rule: Rule = "uniform"
-    weights: Weights = "static"
+    rule: str = "uniform"
+    weights: str = "static"
     ema: float = 0.8
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
-        _one_of("allocation rule", self.rule, Rule)
-        _one_of("allocation weights", self.weights, Weights, "only functions of released gradients are free")
+        _one_of("allocation rule", self.rule, ALLOCATIONS)
+        _one_of("allocation weights", self.weights, WEIGHTS, "only functions of released gradients are free")
         if not 0 <= self.ema < 1:
             raise PlanError(f"allocation ema must lie in [0, 1), not {self.ema}")
         if not 0 < self.floor <= 1:
             raise PlanError(f"allocation floor must lie in (0, 1], not {self.floor}")
+
+    @property
+    def row(self) -> AllocationRule:
+        """What is known of the rule."""
+        return ALLOCATIONS[self.rule]
 
 
 @dataclass(frozen=True)
@@ -167,11 +174,11 @@ class PrivacyPlan:
     private: bool = True
     noise_multiplier: float
     max_grad_norm: float
-    unit: Unit = "example"
+    unit: str = "example"
     examples_per_user: int | None = None
-    sampling: Literal["poisson"] = "poisson"
+    sampling: str = "poisson"
     clipping: Clipping = field(default_factory=Clipping)
-    grouping: Grouping = "all"
+    grouping: str = "all"
     allocation: Allocation = field(default_factory=Allocation)
     quantile: QuantileTracking | None = None
     schedule: Schedule = field(default_factory=Schedule)
@@ -181,9 +188,9 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         _at_least("num_units", self.num_units, 1)
         _at_least("steps", self.steps, 0)
-        _one_of("unit", self.unit, Unit)
-        _one_of("grouping", self.grouping, Grouping)
-        _one_of("noise_mode", self.noise_mode, NoiseMode)
+        _one_of("unit", self.unit, UNITS)
+        _one_of("grouping", self.grouping, GROUPINGS)
+        _one_of("noise_mode", self.noise_mode, get_args(NoiseMode))
         if self.sampling != "poisson":
             raise PlanError(
                 f"sampling must be 'poisson', not {self.sampling!r}: shuffled or truncated batches do not"
@@ -223,13 +230,13 @@ class PrivacyPlan:
             raise PlanError("one_shot releases bound records, not users: use unit example or user_els with them")
         if any(event.group_size != self._group_size for event in self.one_shot):
             raise PlanError(f"each one_shot event must count {self._group_size} records of a unit: set its group_size")
-        if self.clipping.kind == "flat" and self.allocation.rule != "uniform":
+        if CLIPPINGS[self.clipping.kind].uniform_only and self.allocation.rule != "uniform":
             raise PlanError(
-                "flat clipping fits uniform noise only;"
+                f"{self.clipping.kind} clipping fits uniform noise only;"
                 f" with allocation {self.allocation.rule} use scaled_flat clipping"
             )
-        if self.allocation.rule == "joint" and self.quantile is None:
-            raise PlanError("allocation joint needs released norms: set quantile tracking")
+        if self.allocation.row.solves_thresholds and self.quantile is None:
+            raise PlanError(f"allocation {self.allocation.rule} needs released norms: set quantile tracking")
 
     @classmethod
     def non_private(cls, **fields: Any) -> PrivacyPlan:
@@ -250,11 +257,6 @@ class PrivacyPlan:
     def _group_size(self) -> int:
         """Records of one unit that each release may see: k for ELS, else 1."""
         return (self.examples_per_user or 1) if self.unit == "user_els" else 1
-
-    @property
-    def gradient_noise_multiplier(self) -> float:
-        """Multiplier left for the gradients at factor 1, after the quantile bits have taken their share."""
-        return self.noise_multiplier / math.sqrt(1 - (self.quantile.share if self.quantile else 0.0))
 
     def noise_multipliers(self) -> NDArray[np.float64]:
         """Joint noise multiplier of each step, shape (steps,)."""

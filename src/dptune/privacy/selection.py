@@ -1,7 +1,6 @@
 """What a whole sweep costs: all runs released, or only the best of a random number (SPECIFICATION.md 8).
 
-The epsilon of one run says nothing about the choice among several runs on the same private data. The
-sentences that may be written under a table are built here, from the plans of the runs.
+The epsilon of one run says nothing about the choice among several runs on the same private data.
 """
 
 from __future__ import annotations
@@ -10,20 +9,15 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
 from dptune.privacy import accounting
-from dptune.privacy.accounting import rounded_up
 from dptune.privacy.events import Event, PlanError
-from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.renyi import ORDERS, delta_at, optimum, renyi_curve
 from dptune.privacy.streams import KeyRing, Purpose, grid_of
-
-Rule = Literal["all", "best_of_grid", "best_of_random", "per_run"]
 
 
 def epsilon_all(runs: Sequence[Sequence[Event]], delta: float) -> float:
@@ -32,11 +26,6 @@ def epsilon_all(runs: Sequence[Sequence[Event]], delta: float) -> float:
     Seeds and repeats on the same private data count as runs.
     """
     return accounting.epsilon([event for run in runs for event in run], delta)
-
-
-def epsilon_basic(runs: Sequence[Sequence[Event]], delta: float) -> float:
-    """Epsilon of the same by adding up each run's own at delta/len(runs): the naive cost of a grid."""
-    return sum(accounting.epsilon(run, delta / len(runs)) for run in runs)
 
 
 @dataclass(frozen=True)
@@ -151,79 +140,3 @@ def epsilon_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions
         delta: target delta.
     """
     return optimum(curve_best(candidates, repetitions), delta)[0]
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What may be said about a sweep.
-
-    Attributes:
-        text: one sentence for a table's foot.
-        epsilon: of the procedure; None if only single runs are covered.
-        delta: of the procedure.
-        largest_run: largest epsilon of a single run at its own delta.
-        excludes_tuning: True if the choice among the runs is not paid for.
-    """
-
-    text: str
-    epsilon: float | None
-    delta: float
-    largest_run: float
-    excludes_tuning: bool
-
-
-def statement(
-    plans: Sequence[PrivacyPlan],
-    rule: Rule,
-    *,
-    delta: float | None = None,
-    repetitions: Repetitions | None = None,
-    score_is_covered: bool = False,
-) -> Statement:
-    """The sentence that may be written about the runs of a sweep on the same private data.
-
-    Args:
-        plans: one per executed run, seeds and repeats included; for ``best_of_random`` one per config that
-            the prior can draw.
-        rule: ``all``: every run or metric is released. ``best_of_grid``: the best of a fixed set of runs,
-            which costs what releasing all of them costs. ``best_of_random``: the best of a secret, random
-            number of runs. ``per_run``: the choice is not accounted for.
-        delta: of the procedure; by default the smallest of the plans.
-        repetitions: distribution of the number of runs, for ``best_of_random``.
-        score_is_covered: the score that selects is public, or noised inside each run's budget.
-
-    Raises:
-        PlanError: if no such sentence would be true.
-    """
-    if not plans:
-        raise PlanError("a statement needs at least one plan")
-    if len({plan.unit for plan in plans}) > 1:
-        raise PlanError("runs with different privacy units have no common epsilon: state them apart")
-    target = min(plan.delta for plan in plans) if delta is None else delta
-    largest = max(plan.epsilon() for plan in plans)
-    at = f"delta = {target:g}, unit {plans[0].unit}"
-    if rule == "per_run":
-        text = (
-            f"Epsilon is per run ({rounded_up(largest):.3f} at most) and excludes tuning: the choice is not paid for."
-        )
-        return Statement(text, None, target, largest, excludes_tuning=True)
-    if not all(plan.private for plan in plans):
-        raise PlanError("a sweep with a non-private run on the same data has no epsilon: leave that run out")
-    runs = [plan.events() for plan in plans]
-    if rule in ("all", "best_of_grid"):
-        epsilon = epsilon_all(runs, target)
-        what = "releasing all" if rule == "all" else "choosing the best of a fixed set of"
-        text = f"Epsilon of {what} {len(plans)} runs together is {rounded_up(epsilon):.3f} ({at}, PLD)."
-    elif rule == "best_of_random":
-        if repetitions is None:
-            raise PlanError("best_of_random needs repetitions: the distribution of the secret number of runs")
-        if not score_is_covered:
-            raise PlanError("best_of_random needs a score on public data, or one noised inside the budget")
-        epsilon = epsilon_best(runs, repetitions, target)
-        text = (
-            "Epsilon of releasing the best of a random, secret number of runs"
-            f" (mean {repetitions.mean:g}) is {rounded_up(epsilon):.3f} ({at}, RDP)."
-        )
-    else:
-        raise PlanError(f"rule must be all, best_of_grid, best_of_random or per_run, not {rule!r}")
-    return Statement(text, epsilon, target, largest, excludes_tuning=False)

@@ -13,12 +13,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-NoiseMode = Literal["secure", "reproducible"]
+from dptune.privacy.rules import NoiseMode
 
 GRID_BITS = 10
 """Released values are multiples of the largest power of two that is at most their noise / 2**GRID_BITS (10.3)."""
@@ -40,8 +40,6 @@ class Purpose(StrEnum):
     """Membership of the Poisson batch (secret)."""
     NOISE = "noise"
     """Gaussian noise of the releases (secret)."""
-    DROPOUT = "dropout"
-    """Dropout masks."""
     CANARY = "canary"
     """Construction and inclusion of canaries."""
     SWEEP_K = "sweep_k"
@@ -69,8 +67,8 @@ class KeyRing:
     def __post_init__(self) -> None:
         if len(self.master) != _KEY_BYTES:
             raise ValueError(f"master must be {_KEY_BYTES} bytes, not {len(self.master)}: use KeyRing.secure")
-        if self.mode not in ("secure", "reproducible"):
-            raise ValueError(f"mode must be 'secure' or 'reproducible', not {self.mode!r}")
+        if self.mode not in get_args(NoiseMode):
+            raise ValueError(f"mode must be {' or '.join(get_args(NoiseMode))}, not {self.mode!r}")
 
     @classmethod
     def reproducible(cls, seed: int, run: str) -> KeyRing:

@@ -88,7 +88,7 @@ class GroupPrivacy:
 
 @dataclass
 class Privacy:
-    """What the run guarantees. `epsilon` is an upper bound by the PLD accountant for the whole transcript."""
+    """What the run guarantees. `epsilon` is an upper bound by the reference accountant for the whole transcript."""
 
     private: bool
     """False: no guarantee at all."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dptune.privacy.accounting import rounded_up
+from dptune.privacy.accounting import OF_SEARCHES, REFERENCE, epsilon_text
 from dptune.privacy.events import Event
 from dptune.privacy.plan import PlanError, PrivacyPlan
 from dptune.privacy.renyi import optimum, renyi_curve
@@ -85,7 +85,7 @@ def _of(runs: pd.DataFrame) -> list[Composition]:
             what += f", and {again} transcripts that were begun before,"
         if searches:
             what += f", where {len(searches)} of them count as the whole search, {best},"
-    text = f"Epsilon of {what} is {rounded_up(epsilon):.3f} (delta = {delta:g}, unit {unit}, {how})."
+    text = f"Epsilon of {what} is {epsilon_text(epsilon)} (delta = {delta:g}, unit {unit}, {how})."
     return [Composition(text, epsilon, delta, ids, data)]
 
 
@@ -106,11 +106,11 @@ def _together(
     if not searches and len(kinds) <= MANY:
         # No record is in both splits, so that the larger epsilon holds.
         parts = [epsilon_all([part], delta) for part in (events, scores) if part]
-        return max(parts, default=0.0), "PLD"
+        return max(parts, default=0.0), REFERENCE.upper()
     total = np.maximum(renyi_curve(events), renyi_curve(scores))
     for search in searches:
         total = total + curve_best(search.candidates, search.repetitions)
-    return optimum(total, delta)[0], "RDP"
+    return optimum(total, delta)[0], OF_SEARCHES.upper()
 
 
 def _transcripts(runs: pd.DataFrame) -> list[tuple[PrivacyPlan, int]]:

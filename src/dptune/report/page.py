@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dptune.privacy.accounting import rounded_up
+from dptune.privacy.accounting import REFERENCE, epsilon_text
 from dptune.records.files import write_atomically
 from dptune.report.claims import Claim, claims
 from dptune.report.composition import compositions
@@ -299,11 +299,12 @@ def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
     who = "one record" if unit == "example" else "one user, with all their records"
     texts = [
         f"Whoever sees everything this run published can tell whether {who} was in the training data only within "
-        f"ε = {rounded_up(epsilon):.3f} at δ = {delta:g}: whatever they conclude is at most "
+        f"ε = {epsilon_text(epsilon)} at δ = {delta:g}: whatever they conclude is at most "
         f"{math.exp(min(epsilon, 700)):.3g} times as likely with {who} as without, but for a chance of {delta:g}."
         if epsilon is not None and delta is not None
         else "The record does not say what this run spent.",
-        "This is an upper bound by the PLD accountant for this run alone; choosing it among others costs more.",
+        f"This is an upper bound by the {REFERENCE.upper()} accountant for this run alone; choosing it among others "
+        "costs more.",
     ]
     accountants = of("privacy.accountants") or {}
     if isinstance(accountants, dict) and accountants:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dptune.config.schema import Config, ConfigError, noise_mode
 from dptune.data.sources import Dataset
-from dptune.privacy.accounting import Reported, calibrate, rounded_up
+from dptune.privacy.accounting import Reported, calibrate, epsilon_text
 from dptune.privacy.accounting import epsilon as accountant
 from dptune.privacy.events import Event
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
@@ -89,7 +89,7 @@ def check_score(noise_multiplier: float, target_epsilon: float | None, plan: Pri
     if limit and (own := score_epsilon(noise_multiplier, plan.delta)) > limit:
         least = calibrate(lambda sigma: [score_event(sigma)], limit, plan.delta)
         raise ConfigError(
-            f"{field} alone costs epsilon {rounded_up(own):.3f}, more than the {limit:g} of the run; "
+            f"{field} alone costs epsilon {epsilon_text(own)}, more than the {limit:g} of the run; "
             f"take at least {least:g}, or leave the score out"
         )
 

@@ -20,13 +20,14 @@ import torch
 from omegaconf import OmegaConf
 
 from dptune import evaluation
+from dptune.config.adapters import ADAPTERS
 from dptune.config.schema import Config
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import load_dataset as load_data
 from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
 from dptune.models.state import AdapterState
-from dptune.privacy.accounting import rounded_up
+from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import Mechanism, groups_of
@@ -300,7 +301,7 @@ def measure_and_train(
     )
     if floor not in _zero_shot:
         # Most fresh adapters change nothing; a soft prompt does.
-        bare = model if adapters.KINDS[config.adapter.name].unchanged else load_backbone(config).model
+        bare = model if ADAPTERS[config.adapter.name].unchanged else load_backbone(config).model
         folder.say(f"measuring the backbone before training: {len(examples)} test examples")
         _zero_shot[floor] = measure(bare)[1]
     record.zero_shot = _zero_shot[floor]
@@ -395,7 +396,7 @@ def train_adapter(
         if ledger is not None:
             ledger.begin(step)
         ranks.barrier()
-        if plan.allocation.rule == "lora_weight_space":
+        if plan.allocation.row.takes_weights:
             # Weights of the adapter as it is now are a function of past releases: free (SPECIFICATION.md 2.5).
             norms = {name: float(value.detach().square().sum()) for name, value in model.named_parameters()}
             mechanism.set_public_weights(lora_group_weights(groups, norms))
@@ -463,7 +464,7 @@ def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | Non
     rate = step.step * plan.expected_batch_size / step.seconds
     left = step.seconds / step.step * (plan.steps - step.step)
     target = f" of {config.privacy.target_epsilon:g}" if config.privacy.target_epsilon else ""
-    so_far = "non-private" if epsilon is None else f"epsilon {rounded_up(epsilon):.3f}{target}"
+    so_far = "non-private" if epsilon is None else f"epsilon {epsilon_text(epsilon)}{target}"
     rest = f"  {in_time(left)} left" if step.step < plan.steps else ""
     return f"step {step.step}/{plan.steps}  {rate:.0f} examples/s  {so_far}{rest}"
 

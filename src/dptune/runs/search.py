@@ -26,7 +26,7 @@ from dptune.config.checks import strict
 from dptune.config.extras import check_extras
 from dptune.config.schema import Config, ConfigError, is_public, noise_mode
 from dptune.identity import local_key, run_id
-from dptune.privacy.accounting import rounded_up
+from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.events import Event
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 from dptune.privacy.streams import KeyRing, Purpose
@@ -187,7 +187,7 @@ class Search:
                 f"in {self.secret}; a new search, with another environment.seed=..., costs as much again"
             )
         self._let_out(folder_of(trials[best]), record)
-        return f"{self.released.run_id}  {in_one_line(record)}  epsilon of the search {rounded_up(self.epsilon):.3f}"
+        return f"{self.released.run_id}  {in_one_line(record)}  epsilon of the search {epsilon_text(self.epsilon)}"
 
     def _draw(self) -> Draw:
         path = self.secret / DRAW_FILE
