@@ -473,7 +473,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 MEASURE = """
 import sys, tracemalloc
-from dptune.config import Config
+from dptune.config.schema import Config
 from dptune.data import sources
 config = Config()
 config.data.name, config.data.path = "files", sys.argv[1]
@@ -483,7 +483,7 @@ arrow = None
 if config.data.path.endswith(".parquet"):
     import pyarrow as arrow, pyarrow.parquet
 tracemalloc.start()
-data = sources.load(config)
+data = sources.load_dataset(config)
 assert len(data.train) == 100 and len(data.test) == 100 and "torch" not in sys.modules
 print(tracemalloc.get_traced_memory()[1] + (arrow.default_memory_pool().max_memory() if arrow else 0))
 """

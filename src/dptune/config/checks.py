@@ -25,8 +25,8 @@ from dptune.config.adapters import ADAPTERS
 from dptune.config.files import data_files
 from dptune.config.schema import (
     EMBEDDED,
+    EMBEDDED_DATA,
     SPLITS,
-    SUPPORTDESK,
     AdapterConfig,
     Config,
     ConfigError,
@@ -200,8 +200,10 @@ def _check_together(config: Config) -> None:
             "privacy.projection=private is paid for with privacy.projection_noise_multiplier=..., and only it is; "
             "give both or neither"
         )
-    if privacy.projection == "public" and data.name != SUPPORTDESK:
-        raise ConfigError("privacy.projection=public needs public data, which only data=supportdesk has; use history")
+    if privacy.projection == "public" and data.name not in EMBEDDED_DATA:
+        raise ConfigError(
+            f"privacy.projection=public needs public data, which only data={', '.join(EMBEDDED_DATA)} has; use history"
+        )
     if privacy.projection != "none" and (
         config.environment.optimizer == "dp_adam_bc" or config.environment.shrinkage != "none"
     ):
@@ -305,10 +307,10 @@ def _check_score(config: Config) -> None:
 def _check_data(data: DataConfig) -> None:
     """Where the data is, and names and weights that can be seen to be wrong without reading it."""
     given = [name for name in ("path", "hub_id") if getattr(data, name) is not None]
-    if data.name != SUPPORTDESK and not given:
+    if data.name not in EMBEDDED_DATA and not given:
         raise ConfigError(f"data={data.name} needs data.path=..., the file to read (or data.hub_id)")
-    if data.name == SUPPORTDESK and given:
-        raise ConfigError(f"data.{given[0]} is given but data=supportdesk is embedded: add data=files to read it")
+    if data.name in EMBEDDED_DATA and given:
+        raise ConfigError(f"data.{given[0]} is given but data={data.name} is embedded: add data=files to read it")
     if data.path is not None and not data_files(data.path):
         raise ConfigError(f"data.path={data.path} is not a file, nor a folder or a pattern with files")
     for pair in data.splits or ():

@@ -22,8 +22,8 @@ SHIPPED, CHECKSUMS = Path(__file__).parents[1] / "models" / "shipped", "SHA256SU
 """Folder of the shipped backbones, and the file in each that has the hashes of the others."""
 
 
-SUPPORTDESK = "supportdesk"
-"""Name of the embedded data, which needs no file."""
+EMBEDDED_DATA = ("supportdesk",)
+"""Data that is made by the package: it needs no file, and is public. What makes it: `dptune.data.sources.SOURCES`."""
 
 
 SPLITS = ("train", "validation", "test")
@@ -179,7 +179,7 @@ class ColumnsConfig:
 class DataConfig:
     """The instructions and tasks. How to bring your own: `src/dptune/data/README.md`."""
 
-    name: str = SUPPORTDESK
+    name: str = EMBEDDED_DATA[0]
     """`supportdesk` is embedded; any other name is a label of the records at `path` or `hub_id`."""
     path: str | None = None
     """A file (.jsonl, .json, .csv, .tsv, each also with .gz, or .parquet), a folder of such files, a pattern like
@@ -404,7 +404,7 @@ def has_fixed_batches(config: Config) -> bool:
 
 def is_public(data: DataConfig) -> bool:
     """Whether the records are a public stand-in for private ones."""
-    return data.name == SUPPORTDESK if data.public is None else data.public
+    return data.name in EMBEDDED_DATA if data.public is None else data.public
 
 
 def split_names(data: DataConfig) -> dict[str, str]:
