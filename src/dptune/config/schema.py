@@ -240,7 +240,7 @@ class HyperparameterConfig:
     """Number of noisy steps; 0 judges the backbone as it is."""
     expected_batch_size: int = _number(256, least=1)
     """Expected size of a Poisson batch: sample rate times number of units; the public divisor of the sum."""
-    max_grad_norm: float = _number(1.0, above=0)
+    max_grad_norm: float = _number(0.3, above=0)
     """Clipping bound on one unit's gradient."""
     rank: int = _number(4, least=1)
     """Rank of the adapter."""
