@@ -182,7 +182,7 @@ def _check_bounds(name: str, value: float, bounds: Mapping[str, float]) -> None:
 
 
 def _check_together(config: Config) -> None:
-    """Combinations of fields that no run can have; what needs the data or the model is checked when those are read."""
+    """Combinations of fields that no run can have; those that depend on data or model are checked when these are read."""
     privacy, data, hyper = config.privacy, config.data, config.hyperparameter
     if not privacy.enabled:
         for name in ("target_epsilon", "noise_multiplier"):
@@ -239,7 +239,7 @@ def _check_together(config: Config) -> None:
 
 
 def check_adapter(config: AdapterConfig, environment: EnvironmentConfig) -> None:
-    """Raises ConfigError for what cannot be on any backbone of this environment."""
+    """Raises ConfigError for an adapter that no backbone of this environment can carry."""
     kind = ADAPTERS[config.name]
     if config.dropout > 0:
         raise ConfigError(
@@ -287,7 +287,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_score(config: Config) -> None:
-    """What the proof of the score rests on (SPECIFICATION.md 8.2)."""
+    """Raises ConfigError where the proof for the score does not hold (SPECIFICATION.md 8.2)."""
     privacy, data = config.privacy, config.data
     given = f"privacy.score_noise_multiplier={privacy.score_noise_multiplier:g}"
     if not privacy.enabled:

@@ -61,14 +61,14 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """The projection subspace: which parameters are trained. Its rank is `hyperparameter.rank`."""
+    """Which parameters are trained. The rank is `hyperparameter.rank`."""
 
     name: str = _one_of(*ADAPTERS)
     """Kind of adapter; `src/dptune/models/README.md` describes each."""
     target_modules: list[str] | None = None
     """Suffixes of the layers that carry the adapter; null means what is usual for its kind."""
     top_layers: int | None = _number(None, least=1)
-    """Only the last so many layers of the backbone carry the adapter; null means all."""
+    """Number of layers, counted from the last one, that carry the adapter; null means all."""
     alpha: float = _number(8.0, above=0)
     """Scale of low-rank updates: alpha / rank * B A."""
     rslora: bool = False
@@ -102,13 +102,13 @@ class PrivacyConfig:
     delta: float = _number(1e-5, above=0, below=1)
     """Fixed before training; must be below one over the number of protected units."""
     examples_per_user: int | None = _number(None, least=1)
-    """User-level only: ELS keeps at most this many examples a user, ULS averages at most this many."""
+    """User-level only: ELS keeps at most this many examples of a user, ULS averages at most this many."""
     clipping: str = _one_of(*CLIPPINGS, default="scaled_flat")
     """How one unit's gradient is bounded (SPECIFICATION.md 2.1 and 4)."""
     clipping_stability: float = _number(0.01, above=0)
     """The constant gamma of AUTO-S and r of PSAC."""
     grouping: str = _one_of(*GROUPINGS, default="matrix")
-    """What a group of parameters is."""
+    """Which parameters share a group (SPECIFICATION.md 2.1)."""
     allocation: str = _one_of(*ALLOCATIONS, default="min_energy")
     """How noise is shared over the groups at a fixed total (SPECIFICATION.md 2.2 to 2.5)."""
     allocation_weights: str = _one_of(*WEIGHTS, default="released_energy")
@@ -196,7 +196,7 @@ class DataConfig:
     """Options of every record that has none of its own."""
     layout: str = _one_of("records", "messages")
     """`records`: a row is an example. `messages`: a row is a message of a conversation tree, as in oasst1, and each
-    reply of an assistant is an example (user: its author alone, though the message before it has another)."""
+    reply of an assistant is an example. Its user is the author of the reply, not of the message before it."""
     splits: list[str] | None = None
     """Pairs `source:ours` from the source's names of splits to `train`, `validation`, `test`, or `hash` to split them
     here, as in `[train:train, dev:test]`; what is not named is left out. Null: the source's names are ours."""
@@ -267,22 +267,22 @@ class EnvironmentConfig:
     shrinkage: str = _one_of("none", "james_stein", "singular_value")
     """Shrinkage of released gradients towards zero before the optimizer. Free post-processing."""
     precision: str = _one_of("float32", "bfloat16")
-    """Number format of the frozen backbone; adapters, norms and sums keep theirs."""
+    """Number format of the frozen backbone. Adapters are float32, norms and sums of gradients float64 in any case."""
     backbone_quantization: str = _one_of("none", "int8", "nf4")
-    """The weights of the frozen linear layers, but for the output head, are rounded once: to 8 bits with a scale for
-    each output, or to 4-bit NormalFloat with a scale for each 64 weights (arXiv:2305.14314). What is computed with them
-    is in `precision`. Saves memory, not time."""
+    """The weights of the frozen linear layers, except for the output head, are rounded once: to 8 bits with a scale for
+    each output, or to 4-bit NormalFloat with a scale for each 64 weights (arXiv:2305.14314). Products with them are
+    computed in `precision`. Saves memory, not time."""
     batch_shape: str = _one_of("auto", "fixed")
     """`fixed`: every physical batch has `compute.physical_batch_size` rows and room for `sequence_length` tokens, so
     that a row's gradient is the same to the last bit whatever the other rows are, which is checked before training.
     `auto`: fixed for a private run whose backbone is not in float32, where the rounding of other rows' gradients would
     otherwise break the guarantee (SPECIFICATION.md 10.3); else as long as the longest row, which is faster."""
     sequence_length: int = _number(96, least=8)
-    """Longest example in tokens; the prompt is cut from the left, a public rule."""
+    """Most tokens of an example. A longer one loses the beginning of its prompt, by this public rule."""
     engine: str = _one_of("auto", "hooks", "functional", "opacus", "loop")
     """How per-example gradients are computed: our own hooks, torch.func layer by layer, Opacus, or one backward pass an
-    example; `auto` takes the fastest that is right for the adapter and the backbone. Whichever it is, it is compared
-    with the last before training starts."""
+    example (`loop`); `auto` takes the fastest that is right for the adapter and the backbone. Whichever it is, it is
+    compared with `loop` before training starts."""
 
 
 @dataclass
@@ -292,7 +292,7 @@ class EvaluationConfig:
     prompts: int | None = _number(200, least=1)
     """Test prompts of each free-form task that are answered (null: all); records with other prompts are not judged."""
     max_new_tokens: int = _number(64, least=1)
-    """Longest answer in tokens."""
+    """Most tokens that an answer may have."""
 
 
 @dataclass

@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Attached:
-    """What was attached to a model; hangs on it as `attached`."""
+    """What was attached to a model, whose attribute `attached` it is."""
 
     config: AdapterConfig
     rank: int
@@ -102,7 +102,10 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
 
 
 def count(model: torch.nn.Module) -> Parameters:
-    """Exact counts, of groups such as `lora_A` or `bias`, too; a tied parameter counts once, a rounded one as any."""
+    """Numbers of parameters, in all and by groups such as `lora_A` or `bias`.
+
+    A tied parameter counts once, a rounded one as if it were not rounded.
+    """
     groups: dict[str, int] = {}
     for name, parameter in trainable_parameters(model).items():
         parts = [part for part in name.split(".") if part not in ("weight", "default") and not part.isdigit()]
@@ -130,7 +133,8 @@ def after_step(model: torch.nn.Module, step: int, released: Mapping[str, torch.T
 def save(model: torch.nn.Module, folder: Path) -> None:
     """Write the adapter, and nothing of the backbone that was not trained, into a folder.
 
-    PEFT's adapters are written as `PeftModel.from_pretrained` opens them, the others as safetensors; `load` opens both.
+    PEFT's adapters are written as `PeftModel.from_pretrained` opens them, the others as safetensors. `load_adapter`
+    opens both.
     """
     if isinstance(model, PeftModel):
         peft_adapters.save(model, folder)

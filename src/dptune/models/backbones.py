@@ -63,7 +63,7 @@ def load_backbone(
 
 
 def _located(config: ModelConfig, cache_dir: Path) -> tuple[Path, str, str]:
-    """Folder of a backbone in Hugging Face format, what the backbone is called, and what the config says of it."""
+    """Folder of a backbone in Hugging Face format, its name, and for messages the setting that names it."""
     if config.path is not None:
         path, where = Path(config.path), f"model.path={config.path}"
         if path.suffix == ".gguf":
@@ -97,7 +97,7 @@ def _downloaded(config: ModelConfig) -> Path:
 
 @torch.no_grad()
 def is_causal(model: torch.nn.Module) -> bool:
-    """Whether what follows a token leaves the token's output alone; encoders load as language models, too."""
+    """Whether no token's output depends on later tokens; encoders can be loaded as language models, too."""
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
     first, second = model(input_ids=tokens, use_cache=False).logits[:, :3].float()
     return bool(torch.allclose(first, second, rtol=1e-3, atol=1e-4))

@@ -71,7 +71,7 @@ def input_embeddings(model: Any) -> Layers:
 
 
 def linear_layers(model: torch.nn.Module) -> Layers:
-    """All linear layers but the output head."""
+    """All linear layers except for the output head."""
     head = output_head(model)[1]
     return {
         name: module
@@ -101,10 +101,10 @@ def blocks(model: torch.nn.Module) -> list[list[str]]:
 
 
 def in_blocks(model: torch.nn.Module, top_layers: int | None) -> list[str]:
-    """Names of the blocks that carry an adapter: all, or the last so many of each stack.
+    """Names of the blocks that carry an adapter: all, or the last `top_layers` of each stack.
 
     Raises:
-        ConfigError: when there are not so many.
+        ConfigError: when a stack has fewer.
     """
     stacks = blocks(model)
     fewest = min((len(stack) for stack in stacks), default=0)

@@ -1,4 +1,4 @@
-"""Adapters that PEFT does not provide: bottlenecks, and parts of the backbone itself. A folder of them is ours."""
+"""Adapters that PEFT does not provide, bottlenecks and parts of the backbone itself, and how they are saved."""
 
 from __future__ import annotations
 

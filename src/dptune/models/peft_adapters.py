@@ -218,7 +218,7 @@ def prompt(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int)
 
 
 def p_tuning(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
-    """P-tuning (arXiv:2103.10385): such embeddings made by a small network, of which only they are kept."""
+    """P-tuning (arXiv:2103.10385): embeddings before the input that a small network makes; only they are saved."""
     return _soft_prompt(
         model,
         peft.PromptEncoderConfig,
@@ -286,7 +286,7 @@ def load_peft_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without PEFT's remarks on what it finds out by itself."""
+    """Silence PEFT's warnings about what it resolves by itself."""
     with warnings.catch_warnings():
         for message in (
             ".is_gradient_checkpointing. is deprecated",  # PEFT 0.21 reads a property that transformers 5 renamed.

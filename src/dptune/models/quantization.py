@@ -1,8 +1,8 @@
 """Frozen linear layers whose weights are rounded once, to 8 or to 4 bits: less memory, not less time.
 
 Codes and scales are what a layer keeps; its weight is made from them at each use, in the forward pass and again in the
-backward pass, and given up after it. All of this is elementwise, so that the codes do not depend on the machine. The
-layers are `torch.nn.Linear` and `Conv1D` to whoever asks, so that every adapter that leaves weights alone goes on them.
+backward pass, and not kept. All of this is elementwise, so that the codes do not depend on the machine. The layers pass
+for `torch.nn.Linear` and `Conv1D`, so that every adapter that leaves weights alone can be put on them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Format:
 
 
 def encode_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [out, in] of -127 to 127 and one scale an output [out, 1]: largest absolute weight over 127."""
+    """Codes [out, in] from -127 to 127, and a scale for each output [out, 1]: its largest absolute weight over 127."""
     scales = _scales(weight.abs().amax(dim=1, keepdim=True) / 127)
     return (weight / scales).round().clamp(-127, 127).to(torch.int8), scales
 

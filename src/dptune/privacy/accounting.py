@@ -32,10 +32,10 @@ class CalibrationError(PlanError):
 
 
 def epsilon(events: Sequence[Event], delta: float) -> float:
-    """Upper bound on epsilon at ``delta`` of all events together: the reference (SPECIFICATION.md 7.2).
+    """Upper bound on epsilon at `delta` of all events together: the reference (SPECIFICATION.md 7.2).
 
     Pessimistic connect-the-dots privacy loss distributions, larger of both directions; adaptive composition
-    of the dominating pairs (theorem B). ``math.inf`` if no finite epsilon holds at this delta.
+    of the dominating pairs (theorem B). `math.inf` if no finite epsilon holds at this delta.
 
     Raises:
         ValueError: without events, or for a delta outside [1e-8, 1).
@@ -52,7 +52,7 @@ def _epsilon(events: tuple[Event, ...], delta: float, coarsening: float = 1.0) -
 
 
 def delta(events: Sequence[Event], epsilon: float) -> float:
-    """Upper bound on delta at ``epsilon`` of all events together, by the reference accountant.
+    """Upper bound on delta at `epsilon` of all events together, by the reference accountant.
 
     Never below 1e-9, which rounding in the Fourier transforms could hide.
     """
@@ -73,12 +73,12 @@ def epsilon_prv(events: Sequence[Event], delta: float, error: float = 0.01) -> f
     """Upper bound on epsilon by the PRV accountant (Gopi et al. 2021, arXiv:2106.02848): its upper value.
 
     Args:
-        events: the releases, with ``group_size`` 1.
+        events: the releases, with `group_size` 1.
         delta: target delta.
         error: additive error in epsilon that the upper value includes.
 
     Raises:
-        ValueError: for ``group_size`` above 1, which the accountant does not have.
+        ValueError: for `group_size` above 1, which the accountant does not have.
     """
     import prv_accountant
 
@@ -108,7 +108,7 @@ class Reported:
 
     Attributes:
         value: epsilon, or None if the accountant failed.
-        kind: ``bound`` (a guarantee) or ``estimate`` (for plots only).
+        kind: `bound` (a guarantee) or `estimate` (for plots only).
         accountant: how it was computed, with versions.
         reason: one line on why there is no value.
     """
@@ -124,10 +124,10 @@ class Accountant:
     """One way to compute epsilon.
 
     Attributes:
-        epsilon: From the releases and delta.
+        epsilon: from the releases and delta.
         kind: `bound` (a guarantee) or `estimate` (for plots only).
-        method: How it is computed.
-        library: Package that does it, whose version is told; None: this one.
+        method: how it is computed.
+        library: package that does it, whose version is told; None: this one.
     """
 
     epsilon: Callable[[Sequence[Event], float], float]
@@ -218,6 +218,7 @@ def calibrate(
 def _estimated_root(excess: Callable[..., float]) -> float:
     """Multiplier at which the reference epsilon is about the target, from coarser grids only."""
     low, high = math.log(SMALLEST_NOISE_MULTIPLIER), math.log(LARGEST_NOISE_MULTIPLIER)
+    # From a multiplier of 1 in steps of a factor of 1.5, until the target lies between two of them.
     start = 0.0
     outward = math.log(1.5) if excess(start) > 0 else -math.log(1.5)
     end = start + outward
@@ -234,6 +235,7 @@ def _estimated_root(excess: Callable[..., float]) -> float:
 
 def _first_that_meets(meets: Callable[[int], bool], guess: int, smallest: int, largest: int) -> int | None:
     """Smallest index in [smallest, largest] that meets a monotone condition, searched from a guess."""
+    # Away from the guess in steps that double, until `low` does not meet the condition and `high` does; then halve.
     step = 1
     if meets(guess):
         low, high = guess - step, guess

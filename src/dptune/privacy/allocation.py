@@ -1,8 +1,8 @@
 """How the privacy of one step is shared by the parameter groups (SPECIFICATION.md 2 and 4.1).
 
-All groups are released together from one batch, so the step is a single Gaussian mechanism and not one per
-group. What may differ from group to group is everything that is public or a function of what was released
-before; what may not is the joint noise multiplier, which `PrecisionBudget` checks.
+All groups are released together from one batch, so the step is a single Gaussian mechanism and not one per group.
+Thresholds, weights and noise may differ from group to group, as functions of public constants and of past releases.
+The noise multiplier of all groups together may not: `PrecisionBudget` checks it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Group:
     """Parameters which share one threshold and one noise standard deviation.
 
     Attributes:
-        name: Unique name; part of the key of the group's noise stream.
-        parameters: Names of its parameters, in the order in which their coordinates are laid out.
-        dimension: Number of coordinates d_g.
-        shapes: One shape a parameter; may be left out for a single flat vector.
+        name: unique name; part of the key of the group's noise stream.
+        parameters: names of its parameters, in the order in which their coordinates are laid out.
+        dimension: number of coordinates d_g.
+        shapes: one shape a parameter; may be left out for a single flat vector.
     """
 
     name: str
@@ -83,10 +83,10 @@ class PrecisionBudget:
         return _multiplier(self.precision)
 
     def remaining(self, planned: float) -> float:
-        """The noise multiplier left for the gradients once these rows are paid for (4.1: z_Delta).
+        """The noise multiplier that is left for the gradients when these rows are paid for (4.1: sigma_Delta).
 
         Raises:
-            PrecisionError: If the rows leave nothing.
+            PrecisionError: if the rows leave nothing.
         """
         left = _precision(1.0, planned) - self.precision
         if left <= 0.0:
@@ -99,7 +99,7 @@ class PrecisionBudget:
         """Return the effective multiplier, at least `planned` up to a relative 1e-9.
 
         Raises:
-            PrecisionError: If it is smaller, or not a number.
+            PrecisionError: if it is smaller, or not a number.
         """
         effective = self.effective_noise_multiplier
         if not effective >= planned * (1.0 - 1e-9):
@@ -134,14 +134,14 @@ def noise_stds(rule: str, thresholds: ArrayLike, dimensions: ArrayLike, weights:
     under `uniform`, it gets no noise and must release zeros.
 
     Args:
-        rule: A key of `ALLOCATIONS`.
+        rule: a key of `ALLOCATIONS`.
         thresholds: C_g >= 0, shape (G,).
         dimensions: d_g, shape (G,).
         weights: w_g > 0, shape (G,); only their ratios matter.
-        sigma: Noise multiplier of all the groups together.
+        sigma: noise multiplier of all the groups together.
 
     Raises:
-        ValueError: If the rule is unknown, or no threshold is positive.
+        ValueError: if the rule is unknown, or no threshold is positive.
     """
     row = row_of(ALLOCATIONS, rule, "allocation rule")
     a, b = row.a, row.b
@@ -165,7 +165,7 @@ def joint_thresholds(
         mean_norms: m_g > 0, shape (G,), from released quantiles only.
         dimensions: d_g, shape (G,).
         weights: w_g > 0, shape (G,).
-        sigma: Noise multiplier of the gradients.
+        sigma: noise multiplier of the gradients.
         expected_batch_size: L.
 
     Returns:
@@ -200,11 +200,11 @@ def lora_group_weights(groups: Sequence[Group], squared_norms: Mapping[str, floa
     coordinates. This costs nothing as long as the norms are those of public or released parameters.
 
     Args:
-        groups: The groups, whose parameters are named as PEFT does (`...lora_A...`, `...lora_B...`).
-        squared_norms: Squared Frobenius norm of each factor, also of a frozen one.
+        groups: the groups, whose parameters are named as PEFT does (`...lora_A...`, `...lora_B...`).
+        squared_norms: squared Frobenius norm of each factor, also of a frozen one.
 
     Raises:
-        ValueError: If the norm of a factor's partner is missing.
+        ValueError: if the norm of a factor's partner is missing.
     """
 
     def weight(name: str, shape: tuple[int, ...]) -> float:
@@ -247,12 +247,12 @@ class AllocationState:
     only the ratios of weights matter.
 
     Attributes:
-        groups: Names of the groups, in order.
-        thresholds: Tracked C_g.
-        steps: Number of releases seen.
-        energy: Moving average of the debiased energies.
-        resolution: Moving average of what an energy can resolve, s_g^2 sqrt(2 d_g) / L^2.
-        second_moment: Moving average of the mean squared coordinate of y_g / L: the mean of Adam's v over the
+        groups: names of the groups, in order.
+        thresholds: tracked C_g.
+        steps: number of releases seen.
+        energy: moving average of the debiased energies.
+        resolution: moving average of what an energy can resolve, s_g^2 sqrt(2 d_g) / L^2.
+        second_moment: moving average of the mean squared coordinate of y_g / L: the mean of Adam's v over the
             group.
     """
 
@@ -284,7 +284,7 @@ class AllocationState:
             stds: s_g, shape (G,).
             dimensions: d_g, shape (G,).
             expected_batch_size: L.
-            ema: Share of the old average which is kept; Adam's beta_2 for the weights `adam`.
+            ema: share of the old average which is kept; Adam's beta_2 for the weights `adam`.
         """
         y, d, s = (np.asarray(x, float) for x in (squared_norms, dimensions, stds))
 
@@ -305,11 +305,11 @@ class AllocationState:
         """Move the thresholds to the quantile: C_g exp(-eta (b_g - gamma)), clamped (4.1; 1905.03871).
 
         Args:
-            fractions: Noised fraction of norms within C_g, shape (G,).
+            fractions: noised fraction of norms within C_g, shape (G,).
             quantile: gamma.
             learning_rate: eta.
-            minimum: Smallest threshold.
-            maximum: Largest threshold.
+            minimum: smallest threshold.
+            maximum: largest threshold.
         """
         step = np.exp(-learning_rate * (np.asarray(fractions, float) - quantile))
         return replace(self, thresholds=_tuple(np.clip(np.asarray(self.thresholds) * step, minimum, maximum)))
@@ -318,11 +318,11 @@ class AllocationState:
         """Weights w_g of the next step, in [floor, 1], shape (G,) (2.6).
 
         Args:
-            kind: A key of `WEIGHTS`.
-            floor: Smallest ratio to the largest weight.
+            kind: a key of `WEIGHTS`.
+            floor: smallest ratio to the largest weight.
 
         Raises:
-            ValueError: If the kind is unknown.
+            ValueError: if the kind is unknown.
         """
         inverse = row_of(WEIGHTS, kind, "allocation weights")
         if self.steps == 0:

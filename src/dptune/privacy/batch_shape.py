@@ -47,8 +47,8 @@ class FixedShapeEngine:
 def fixed_shape_engine(engine: Engine, model: torch.nn.Module, rows: Batch, others: Batch) -> FixedShapeEngine:
     """The engine on batches of one shape, once a row's gradient was seen to be its own to the last bit.
 
-    A batch is done twice; with every row one place further (so that each two neighbouring places are compared, and all
-    places with one another); and with every second row replaced by another, the odd ones, then the even ones.
+    Every row must get the same bits when the same batch is computed again, when all rows move one place further (which
+    compares all places, pair by pair), and when every second row is replaced, first the odd ones, then the even ones.
 
     Args:
         engine: already compared with the loop.

@@ -1,4 +1,4 @@
-"""Per-unit clipping whose result carries what it guarantees (SPECIFICATION.md 2.1, 4.2, 10.3).
+"""Clipping of each unit's gradient, and the bound that the clipped sum carries (SPECIFICATION.md 2.1, 4.2, 10.3).
 
 Every rule bounds the vector v = (v_1, ..., v_G) of a privacy unit, where v_g is its gradient of group g.
 Norms, clip factors and sums are float64. The noise is scaled by the bound that a `ClippedSum` carries, never
@@ -59,7 +59,7 @@ class Sensitivity:
         """Raise unless the vectors with norms |v_g|, shape (G, units), lie within.
 
         Raises:
-            SensitivityError: If one does not, or is not a number.
+            SensitivityError: if one does not, or is not a number.
         """
         bounds = torch.tensor(self.bounds, dtype=torch.float64, device=norms.device).unsqueeze(1)
         ratio = torch.where(bounds > 0.0, norms / bounds, torch.where(norms == 0.0, 0.0, torch.inf))
@@ -75,9 +75,9 @@ class ClipRule:
     """How the gradients of one step are clipped.
 
     Attributes:
-        kind: A key of `CLIPPINGS`, or `NONE` without privacy.
+        kind: a key of `CLIPPINGS`, or `NONE` without privacy.
         thresholds: C_g, shape (G,). `flat` uses sqrt(sum_g C_g^2).
-        tracked: The thresholds that a quantile tracker asks about, shape (G,) (4.1).
+        tracked: the thresholds that a quantile tracker asks about, shape (G,) (4.1).
         unit_stds: s_g at noise multiplier 1, shape (G,), from these thresholds: the shape of the noise, and
             of `scaled_flat`'s ellipsoid.
         stability: gamma of AUTO-S, r of PSAC.
@@ -94,7 +94,7 @@ class ClipRule:
         """The bound which the clipped vectors keep.
 
         Raises:
-            ValueError: If the rule is unknown.
+            ValueError: if the rule is unknown.
         """
         groups = len(self.thresholds)
         if self.kind == NONE:
@@ -120,10 +120,10 @@ class ClippedSum:
     """A sum of clipped vectors over the units of a batch, with the bound that each of them keeps.
 
     Attributes:
-        values: The sum, float64, shape (D,): groups in order, within a group its parameters in order.
-        sensitivity: The bound of one unit's contribution.
-        inside: Units whose norm of the group is within the tracked threshold, minus half the units: float64,
-            (G,).
+        values: the sum, float64, shape (D,): groups in order, within a group its parameters in order.
+        sensitivity: the bound of one unit's contribution.
+        inside: for each group the number of units whose norm is within the tracked threshold, less half the number
+            of all units; float64, (G,).
         telemetry: NON_PRIVATE, float64, shape (3,): units; units whose vector was shortened, averaged over
             groups; gradients which were NaN or infinite somewhere, and were replaced by 0.
     """
@@ -168,16 +168,16 @@ def clip_and_sum(
     clipped vectors, whose norms are measured again before they are added.
 
     Args:
-        per_example: Gradients of one physical batch: for every parameter of every group, any floating dtype,
+        per_example: gradients of one physical batch: for every parameter of every group, any floating dtype,
             shape (b, *shape).
-        groups: The groups.
-        rule: How to clip.
-        units: For user-level clipping (7.5, ULS) the unit of each row, integers of shape (b,): the gradients
+        groups: the groups.
+        rule: how to clip.
+        units: for user-level clipping (7.5, ULS) the unit of each row, integers of shape (b,): the gradients
             of a unit are averaged first. None: each row is a unit.
 
     Raises:
-        ValueError: If a parameter is missing or unknown, or the shapes or numbers of rows disagree.
-        SensitivityError: If a clipped vector is outside its bound.
+        ValueError: if a parameter is missing or unknown, or the shapes or numbers of rows disagree.
+        SensitivityError: if a clipped vector is outside its bound.
     """
     sizes = {name: size for group in groups for name, size in zip(group.parameters, group.sizes, strict=True)}
     rows = _check_rows(per_example, groups, units)

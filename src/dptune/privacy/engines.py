@@ -277,7 +277,7 @@ class OpacusEngine:
 
 @contextmanager
 def _opacus_limits() -> Iterator[None]:
-    """What Opacus raises on models that it does not support, in one sentence."""
+    """Say in one sentence what Opacus raises on a model that it does not support."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -313,8 +313,8 @@ def checked_engine(
 
     Every trained parameter must have one gradient for each row, equal to the loop's, and the loop's must be that of the
     row all by itself, without the padding that its batch mates cause; changing the last record must change its row
-    only; dropout and batch statistics must be off. The weights are moved a little meanwhile: a factor that starts at
-    zero hides its partner.
+    only; dropout and batch statistics must be off. The weights are moved a little for the comparison: a factor that is
+    zero hides its partner's gradient.
 
     Args:
         name: of the engine, one of `ENGINES`.

@@ -71,7 +71,7 @@ def rows_of(batch: Batch) -> int:
 
 @contextmanager
 def moved(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
-    """With the weights moved a little meanwhile: a factor that starts at zero hides its partner."""
+    """Weights that are moved a little inside of the `with`: a factor that is zero hides its partner's gradient."""
     before = {name: value.detach().clone() for name, value in parameters.items()}
     try:
         with torch.no_grad():

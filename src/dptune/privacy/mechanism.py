@@ -42,11 +42,11 @@ def groups_of(named_shapes: Mapping[str, torch.Size], grouping: str) -> tuple[Gr
     """Cut trainable parameters into groups, in their order of appearance.
 
     Args:
-        named_shapes: Shape of each trainable parameter, by its name in the model.
-        grouping: A key of `GROUPINGS`.
+        named_shapes: shape of each trainable parameter, by its name in the model.
+        grouping: a key of `GROUPINGS`.
 
     Raises:
-        ValueError: If the grouping is unknown or there are no parameters.
+        ValueError: if the grouping is unknown or there are no parameters.
     """
     group_of = row_of(GROUPINGS, grouping, "grouping")
     if not named_shapes:
@@ -70,13 +70,13 @@ class Release:
     """What one step lets out. Everything but `telemetry` may be published.
 
     Attributes:
-        step: The step, from 0.
+        step: the step, from 0.
         private: False if the plan is not private: then `gradients` are exact.
         gradients: y / L by parameter, float32, on the device of the gradients (the CPU after an empty batch).
         noise_std: s_g / L by group, the noise in each coordinate of `gradients`.
         thresholds: C_g by group that this step clipped with.
-        effective_noise_multiplier: Of everything released in this step together; 0 without privacy.
-        telemetry: Must not leave the trust boundary (1.5); keys start with `NON_PRIVATE/`.
+        effective_noise_multiplier: of everything released in this step together; 0 without privacy.
+        telemetry: must not leave the trust boundary (1.5); keys start with `NON_PRIVATE/`.
     """
 
     step: int
@@ -116,12 +116,12 @@ class Mechanism:
         """Prepare step 0.
 
         Args:
-            plan: What was accounted for.
-            groups: From `groups_of`; names and parameters must be unique.
-            keys: Where the noise comes from.
+            plan: what was accounted for.
+            groups: from `groups_of`; names and parameters must be unique.
+            keys: where the noise comes from.
 
         Raises:
-            ValueError: If groups overlap, or the keys are not of the plan's noise mode.
+            ValueError: if groups overlap, or the keys are not of the plan's noise mode.
         """
         names = [group.name for group in groups]
         parameters = [name for group in groups for name in group.parameters]
@@ -147,7 +147,7 @@ class Mechanism:
 
     @property
     def state(self) -> AllocationState:
-        """What is remembered of the released history."""
+        """What is kept of the released history."""
         return self._state
 
     def set_public_weights(self, weights: Mapping[str, float]) -> None:
@@ -158,10 +158,10 @@ class Mechanism:
         not accounted for.
 
         Args:
-            weights: One finite weight >= 0 a group; clamped to [floor, 1] of the largest.
+            weights: one finite weight >= 0 a group; clamped to [floor, 1] of the largest.
 
         Raises:
-            ValueError: In the middle of a step, or if groups or values are wrong.
+            ValueError: in the middle of a step, or if groups or values are wrong.
         """
         self._require_between_steps("weights are set")
         if weights.keys() != {group.name for group in self.groups}:
@@ -174,14 +174,14 @@ class Mechanism:
         """Clip the gradients of one physical batch and add them to the sum of the step.
 
         Args:
-            per_example: For every parameter of every group, the gradients of each row, shape (b, *shape).
-            units: Position of each row's privacy unit in the logical batch, integers of shape (b,). Needed
+            per_example: for every parameter of every group, the gradients of each row, shape (b, *shape).
+            units: position of each row's privacy unit in the logical batch, integers of shape (b,). Needed
                 for `user_uls`, where the rows of a user are averaged and must be in the same physical batch.
                 With `example` they are optional, and guard against a row that is added twice. With
                 `user_els` each row counts on its own, and they are not looked at.
 
         Raises:
-            ValueError: If all steps are spent, parameters or rows disagree, or a unit comes twice in a step.
+            ValueError: if all steps are spent, parameters or rows disagree, or a unit comes twice in a step.
         """
         step = self._public_step()
         by_user = self.plan.unit == "user_uls"
@@ -203,15 +203,15 @@ class Mechanism:
         """Add noise to the sum of the step, once, and go to the next; an empty batch is noise alone.
 
         Args:
-            step: Must be `next_step`: noise is never drawn twice for a step, and never skipped.
-            all_reduce: Adds a float64 vector over the ranks in place. Every rank then draws the same noise
+            step: must be `next_step`: noise is never drawn twice for a step, and never skipped.
+            all_reduce: adds a float64 vector over the ranks in place. Every rank then draws the same noise
                 from the same keys, so that it is in the reduced sum once.
-            num_units: Units of the whole batch, those of other ranks included. Needed for `user_uls` with
+            num_units: units of the whole batch, those of other ranks included. Needed for `user_uls` with
                 `all_reduce`: a user whose rows are on two ranks would be clipped twice.
 
         Raises:
-            PrecisionError: If the noise falls short of the plan; nothing is released.
-            ValueError: If it is not this step's turn, or the sum is not of `num_units` units.
+            PrecisionError: if the noise falls short of the plan; nothing is released.
+            ValueError: if it is not this step's turn, or the sum is not of `num_units` units.
         """
         public = self._public_step()
         if step != self._next_step:
@@ -266,7 +266,7 @@ class Mechanism:
         """Everything that later steps depend on; plain values, released quantities only.
 
         Raises:
-            ValueError: In the middle of a step: sums without noise do not go into a checkpoint.
+            ValueError: in the middle of a step: sums without noise do not go into a checkpoint.
         """
         self._require_between_steps("the state is saved")
         return {
@@ -280,7 +280,7 @@ class Mechanism:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: In the middle of a step, or if the state is of another plan, of other groups or of an
+            ValueError: in the middle of a step, or if the state is of another plan, of other groups or of an
                 earlier step.
         """
         self._require_between_steps("a state is loaded")

@@ -1,7 +1,7 @@
 """The privacy plan: one frozen object from which sampler, mechanism and accounting all follow.
 
-Because sample rate, clipping, noise and events are read from the same object, they cannot disagree. A plan
-that could not be true is refused when it is built (SPECIFICATION.md 1 and 2.1).
+Sample rate, clipping, noise and events are read from the same object, so that they cannot disagree. A plan whose
+epsilon could not be true is refused when it is built (SPECIFICATION.md 1 and 2.1).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Clipping:
     """How one unit's gradient is bounded (SPECIFICATION.md 2.1 and 4.2).
 
     Attributes:
-        kind: A key of `CLIPPINGS`.
+        kind: a key of `CLIPPINGS`.
         stability: the constant gamma of AUTO-S and r of PSAC.
     """
 
@@ -84,8 +84,8 @@ class Allocation:
     """How noise is shared over the groups at a pinned joint noise multiplier (SPECIFICATION.md 2.2 to 2.6).
 
     Attributes:
-        rule: A key of `ALLOCATIONS`.
-        weights: A key of `WEIGHTS`: how important a group is.
+        rule: a key of `ALLOCATIONS`.
+        weights: a key of `WEIGHTS`: how important a group is.
         ema: memory of the released energies, in [0, 1).
         floor: smallest over largest weight, in (0, 1].
     """
@@ -105,7 +105,7 @@ class Allocation:
 
     @property
     def row(self) -> AllocationRule:
-        """What is known of the rule."""
+        """The rule's row of `ALLOCATIONS`."""
         return ALLOCATIONS[self.rule]
 
 
@@ -113,7 +113,7 @@ class Allocation:
 class QuantileTracking:
     """Private tracking of a quantile of the gradient norms as clip norm (SPECIFICATION.md 4.1).
 
-    Its bits join the same release: they take ``share`` of the precision, and the gradients get the multiplier
+    Its bits join the same release: they take `share` of the precision, and the gradients get the multiplier
     sigma / sqrt(1 - share), so that the joint multiplier stays the plan's.
 
     Attributes:
@@ -144,11 +144,11 @@ class PrivacyPlan:
     """Everything that decides the privacy of one training run.
 
     Neighbouring data sets differ in one unit whose gradient is replaced by zero (zero-out adjacency), so that
-    ``num_units``, the sample rate, ``steps`` and ``expected_batch_size`` are the same public constants for
+    `num_units`, the sample rate, `steps` and `expected_batch_size` are the same public constants for
     both (SPECIFICATION.md 1.1). The guarantee is for the whole transcript of releases.
 
     Attributes:
-        num_units: N, the public number of sampled units: examples, or users for ``user_uls``.
+        num_units: N, the public number of sampled units: examples, or users for `user_uls`.
         expected_batch_size: L = q N, the public divisor of the noised sum.
         steps: number of releases T; with 0 nothing is released and epsilon is 0.
         delta: fixed before training, at most 1/N; 1/(10 N) or less is the usual choice.
@@ -157,14 +157,14 @@ class PrivacyPlan:
         max_grad_norm: clip norm C of one unit; infinite if and only if not private.
         unit: one example; one user by sampling examples (ELS); one user by sampling users (ULS).
         examples_per_user: ELS: the cap k per user; ULS: rows G of a sampled user that take part; else None.
-        sampling: only ``poisson``.
+        sampling: only `poisson`.
         clipping: how a unit's gradient is bounded.
         grouping: what one parameter group is.
         allocation: how noise is shared over the groups.
         quantile: tracking of clip norms, or None.
         schedule: public schedule of the noise multiplier.
         one_shot: releases paid beside the steps, such as a private subspace.
-        noise_mode: ``secure``, or ``reproducible`` (accounted, not realised, for whoever knows the seed).
+        noise_mode: `secure`, or `reproducible` (accounted, not realised, for whoever knows the seed).
     """
 
     num_units: int
@@ -243,7 +243,7 @@ class PrivacyPlan:
         """Build the plan of the same loop with infinite clip and no noise; it has no epsilon.
 
         Args:
-            **fields: fields of the plan; at least ``num_units``, ``expected_batch_size`` and ``steps``.
+            **fields: fields of the plan; at least `num_units`, `expected_batch_size` and `steps`.
         """
         defaults = {"delta": 0.1 / max(fields["num_units"], 1), "noise_mode": "reproducible"}
         return cls(**(defaults | fields), private=False, noise_multiplier=0.0, max_grad_norm=math.inf)
@@ -263,7 +263,7 @@ class PrivacyPlan:
         return self.noise_multiplier * self.schedule.factors(self.steps)
 
     def events(self, steps: int | None = None) -> tuple[Event, ...]:
-        """What the first ``steps`` steps (all by default) and the one-shot releases are to an accountant.
+        """What the first `steps` steps (all by default) and the one-shot releases are to an accountant.
 
         Empty for a non-private plan, which no accountant accepts.
         """
@@ -279,7 +279,7 @@ class PrivacyPlan:
         )
 
     def epsilon(self, steps: int | None = None) -> float:
-        """Upper bound on epsilon at the plan's delta after ``steps`` steps, all by default.
+        """Upper bound on epsilon at the plan's delta after `steps` steps, all by default.
 
         Infinite if the plan is not private.
         """
@@ -314,7 +314,7 @@ class PrivacyPlan:
         Args:
             keys: keys of the run, of the plan's noise mode if private.
             users: user of each row; needed for user-level units.
-            examples: number of rows, if users are not given; by default ``num_units``.
+            examples: number of rows, if users are not given; by default `num_units`.
 
         Raises:
             PlanError: if the data do not have the units the plan speaks of.
@@ -340,7 +340,7 @@ class PrivacyPlan:
             raise PlanError(f"the plan is for {self.num_units} {what}, the data have {found}: set num_units to match")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; :meth:`from_dict` inverts it."""
+        """Plain values for JSON; `from_dict` inverts it."""
         values = dataclasses.asdict(self)
         values["max_grad_norm"] = self.max_grad_norm if self.private else "inf"
         values["one_shot"] = list(values["one_shot"])
@@ -348,7 +348,7 @@ class PrivacyPlan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyPlan:
-        """Rebuild a plan from :meth:`to_dict`.
+        """Rebuild a plan from `to_dict`.
 
         Raises:
             PlanError: if a key is unknown or missing.

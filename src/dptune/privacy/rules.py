@@ -30,7 +30,7 @@ def row_of(choices: Mapping[str, Row], name: str, what: str) -> Row:
     """The row of a choice.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: if there is none of that name.
     """
     if name not in choices:
         raise ValueError(f"{what} {name!r} is unknown; choose one of {', '.join(choices)}")
@@ -45,11 +45,11 @@ class ClippingRule:
     """One way to bound a unit's gradient.
 
     Attributes:
-        factors: From norms |g_g|, shape (G, units), bounds b_g, shape (G, 1), and `stability` to clip factors, before
+        factors: from norms |g_g|, shape (G, units), bounds b_g, shape (G, 1), and `stability` to clip factors, before
             the margin of 10.3; float64.
-        region: Where every clipped vector lies: `box` |v_g| <= C_g, `ball` |v| <= C, or `ellipsoid` whose semi-axes are
+        region: where every clipped vector lies: `box` |v_g| <= C_g, `ball` |v| <= C, or `ellipsoid` whose semi-axes are
             the noise of the groups at multiplier 1.
-        uniform_only: Whether only noise that is equal in all groups fits it.
+        uniform_only: whether only noise that is equal in all groups fits it.
     """
 
     factors: Callable[[Tensor, Tensor, float], Tensor]
@@ -119,10 +119,10 @@ class AllocationRule:
     """One way to share noise over the groups: s_g^2 = sigma^2 Z C_g^(2a) (w_g d_g)^(-b) (SPECIFICATION.md 2.2).
 
     Attributes:
-        a: Exponent of the threshold.
-        b: Exponent of weight and dimension.
-        solves_thresholds: Whether the thresholds C_g are solved for, from tracked quantiles.
-        takes_weights: Whether the weights w_g are given from outside, before each step.
+        a: exponent of the threshold.
+        b: exponent of weight and dimension.
+        solves_thresholds: whether the thresholds C_g are solved for, from tracked quantiles.
+        takes_weights: whether the weights w_g are given from outside, before each step.
     """
 
     a: float

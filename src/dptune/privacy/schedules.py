@@ -19,9 +19,9 @@ class Schedule:
     """How the noise multiplier changes over the steps; fixed in advance and public.
 
     Attributes:
-        kind: A key of `SCHEDULES`.
-        ratio: Last over first factor; unused by `constant`.
-        blocks: The schedule is executed as this many blocks of constant noise, each the mean of its part.
+        kind: a key of `SCHEDULES`.
+        ratio: last over first factor; unused by `constant`.
+        blocks: the schedule is executed as this many blocks of constant noise, each the mean of its part.
     """
 
     kind: str = "constant"

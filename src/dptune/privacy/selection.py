@@ -21,7 +21,7 @@ from dptune.privacy.streams import KeyRing, Purpose, grid_of
 
 
 def epsilon_all(runs: Sequence[Sequence[Event]], delta: float) -> float:
-    """Epsilon at ``delta`` of releasing every run: the reference accountant over all their events together.
+    """Epsilon at `delta` of releasing every run: the reference accountant over all their events together.
 
     Seeds and repeats on the same private data count as runs.
     """
@@ -37,7 +37,7 @@ class Repetitions:
 
     Attributes:
         mean: expected number of runs, above 1 (Poisson: at least 1, where the bound is proven).
-        eta: shape, above -1, of the truncated negative binomial; 1 geometric, 0 logarithmic, ``math.inf``
+        eta: shape, above -1, of the truncated negative binomial; 1 geometric, 0 logarithmic, `math.inf`
             Poisson. A Poisson K can be 0: then the base model is released.
     """
 
@@ -80,7 +80,7 @@ class Repetitions:
             probability *= (1 - gamma) * (k + self.eta) / (k + 1)
 
     def quantile(self, level: float) -> int:
-        """Smallest k with P(K <= k) >= ``level``, which lies in (0, 1)."""
+        """Smallest k with P(K <= k) >= `level`, which lies in (0, 1)."""
         total = 0.0
         for k, probability in self.probabilities():
             total += probability
@@ -94,7 +94,7 @@ class Repetitions:
         return self.quantile(float(keys.stream(Purpose.SWEEP_K).uniform(1)[0]))
 
     def renyi_curve(self, run: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Rényi curve at ``ORDERS`` of releasing the best run, from that of one run.
+        """Rényi curve at `ORDERS` of releasing the best run, from that of one run.
 
         Papernot & Steinke 2022, Theorems 2 (truncated negative binomial) and 6 (Poisson).
         """
@@ -108,7 +108,7 @@ class Repetitions:
 
 
 def score_event(noise_multiplier: float) -> Event:
-    """What a noisy count of right answers is to an accountant: a Gaussian of sensitivity 1 (SPECIFICATION.md 8.2)."""
+    """A noisy count of right answers as an accountant sees it: a Gaussian of sensitivity 1 (SPECIFICATION.md 8.2)."""
     return Event(noise_multiplier, 1.0)
 
 
@@ -126,12 +126,12 @@ def noisy_score(right: int, noise_multiplier: float, keys: KeyRing) -> float:
 
 
 def curve_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions) -> NDArray[np.float64]:
-    """Rényi curve at ``ORDERS`` of releasing only the best of K runs; arguments as for :func:`epsilon_best`."""
+    """Rényi curve at `ORDERS` of releasing only the best of K runs; arguments as for `epsilon_best`."""
     return repetitions.renyi_curve(np.max([renyi_curve(events) for events in candidates], axis=0))
 
 
 def epsilon_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions, delta: float) -> float:
-    """Epsilon at ``delta`` of releasing only the best of K runs, by Rényi DP.
+    """Epsilon at `delta` of releasing only the best of K runs, by Rényi DP.
 
     Args:
         candidates: events of every config that the prior can draw, and those of the score, which is counted on

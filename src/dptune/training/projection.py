@@ -182,7 +182,7 @@ def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a subspace may be made of."""
+    """What a subspace is drawn from or found on."""
 
     groups: Sequence[Group]
     """Groups of the parameters."""
