@@ -182,7 +182,7 @@ def _check_bounds(name: str, value: float, bounds: Mapping[str, float]) -> None:
 
 
 def _check_together(config: Config) -> None:
-    """Combinations of fields that no run can have; those that depend on data or model are checked when these are read."""
+    """Combinations of fields that no run can have; what depends on data or model is checked when these are read."""
     privacy, data, hyper = config.privacy, config.data, config.hyperparameter
     if not privacy.enabled:
         for name in ("target_epsilon", "noise_multiplier"):
