@@ -1,6 +1,5 @@
 import dataclasses
 import re
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from dptune.config.schema import EMBEDDED, Config, ConfigError
 from dptune.identity import run_id
 from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS, TESTS
 from dptune.sweeps import expand as sweep
-from dptune.sweeps import jobs
+from dptune.sweeps import jobs, readme
 from dptune.sweeps.expand import expand, included, jobs_of_sweep, names, parts, without_hydra
 from dptune.sweeps.jobs import ROOT
 
@@ -72,35 +71,28 @@ def test_sweeps_in_folders_are_found() -> None:
 @pytest.mark.parametrize("name", names())
 def test_every_sweep_composes_and_says_how_many_runs_it_has(name: str) -> None:
     jobs = jobs_of_sweep(name)
-    claim, command, runs, time = header(name)
-    assert claim and time and int(runs) == len(jobs)
-    assert f"make sweep SWEEP={name}" in command
+    head = readme.header(name)
+    assert head.claim and head.time and head.runs == len(jobs)
+    assert f"make sweep SWEEP={name}" in head.command
     assert len({job.run_id for job in jobs}) == len(jobs)
     assert all(job.config.sweep == name for job in jobs)
 
 
-@pytest.mark.parametrize("name", names())
-def test_the_page_of_the_sweeps_says_what_their_headers_say(name: str) -> None:
-    claim, _, runs, time = header(name)
-    page = (ROOT / "sweeps" / "README.md").read_text()
-    assert f"| [{name}]({name}.yaml) | {claim} | {runs} | {time} |" in page.splitlines()
+def test_the_page_of_the_sweeps_is_what_their_headers_make(tmp_path: Path) -> None:
+    now = (ROOT / "sweeps" / "README.md").read_text(encoding="utf-8")
+    again = tmp_path / "README.md"
+    again.write_text(re.sub(rf"(?s)(?<={readme.BEGIN}).*(?={readme.END})", "of yesterday", now), encoding="utf-8")
+    readme.main(again)
+    assert again.read_text(encoding="utf-8") == now, "python -m dptune.sweeps.readme makes it again"
+    assert sorted(re.findall(r"^\| \[([^\]]+)\]", now, re.MULTILINE)) == names()
 
 
-def test_the_page_of_the_sweeps_has_no_other() -> None:
-    page = (ROOT / "sweeps" / "README.md").read_text()
-    assert sorted(re.findall(r"^\| \[([^\]]+)\]", page, re.MULTILINE)) == names()
-
-
-def header(name: str) -> tuple[str, str, str, str]:
-    """Claim, up to its first colon or full stop; command; number of runs; time on two cores."""
-    lines = (ROOT / "sweeps" / f"{name}.yaml").read_text().splitlines()
-    comments = takewhile(lambda line: line.startswith("#"), lines[1:])
-    text = " ".join(" ".join(line.lstrip("#").split()) for line in comments)
-    found = re.fullmatch(
-        r"Claim tested: (.+?)[:.] .*?Command: (.+) Runs: (\d+)(?: \(.+?\))?, (.+) on two cores.*", text
-    )
-    assert found, f"sweeps/{name}.yaml: say Claim tested, Command, Runs and the time on two cores in this order"
-    return found[1], found[2], found[3], found[4]
+def test_a_page_without_its_marks_and_a_file_without_its_header_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="stands between two lines"):
+        readme.page("# Sweeps\n")
+    write(folder / "bare.yaml", "", "axes: [{}]")
+    with pytest.raises(ConfigError, match=r"sweeps/bare.yaml: its header must say `Claim tested"):
+        readme.table()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dptune.privacy.accounting import rounded_up
+from dptune.privacy.accounting import epsilon_text, rounded_up
 from dptune.records.code import code_version
 from dptune.report.composition import Composition, compositions
 from dptune.report.intervals import Answers, Array, Estimate, mean_over_runs, share_of_one_run
@@ -472,7 +472,7 @@ def run_table(name: str, results: Results) -> Table:
                     "run": Cell(run_id, run_ids=(run_id,)),
                     "state": Cell(f"{state}: {error}" if error else state),
                     "accuracy": Cell(NONE if accuracy is None else f"{accuracy:.4f}", accuracy),
-                    "epsilon": Cell(NONE if epsilon is None else f"{rounded_up(epsilon):.3f}", epsilon),
+                    "epsilon": Cell(NONE if epsilon is None else epsilon_text(epsilon), epsilon),
                 }
             )
     heads = ("#", "setting", "seed", "run", "state", "accuracy", "ε")

@@ -147,7 +147,7 @@ def spent(privacy: Privacy) -> str:
     if privacy.epsilon is None:
         return "non-private"
     target = f"/{privacy.target_epsilon:g}" if privacy.target_epsilon else ""
-    return f"epsilon {rounded_up(privacy.epsilon):.3f}{target}"
+    return f"epsilon {epsilon_text(privacy.epsilon)}{target}"
 
 
 def describe(plan: PrivacyPlan) -> str:
