@@ -94,7 +94,7 @@ RECIPES = {
     "tiny": Recipe(),
     "nano": Recipe(name="nano", layers=2, width=64, feed_forward=192, learning_rate=6e-3),
 }
-"""The embedded backbones by name: of a million and of a quarter of a million parameters."""
+"""The embedded backbones by name: `tiny` has 881,280 parameters, `nano` 227,520."""
 
 
 def pretrain(recipe: Recipe, folder: Path, *, progress: Callable[[str], None] | None = None) -> None:
