@@ -83,7 +83,7 @@ def sections(tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
         "Cost (of public data only: elsewhere times tell which batches were drawn)": [
             by_method("cost/seconds", "Seconds a run (lower is better)"),
             by_method("cost/examples_per_second", "Training examples a second"),
-            by_method("cost/peak_memory_mb", "Peak memory, MB (lower is better)"),
+            by_method("cost/peak_memory_mb", "Peak memory, MiB (lower is better)"),
         ],
         "History": [
             over_steps("epsilon", "ε spent"),

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory-of", help="internal: do three steps with this engine and print the peak in MB")
+    parser.add_argument("--memory-of", help="internal: do three steps with this engine and print the peak in MiB")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -60,7 +60,7 @@ def test_axes_say_what_they_show_and_are_not_cut(results: Results, name: str) ->
         if scale.get("type") == "log":
             assert "log scale" in axis["title"]
         if axis.get("field") == "value" and name == "cost":
-            assert axis["title"].endswith((", s", ", MB")) and scale.get("zero", True)
+            assert axis["title"].endswith((", s", ", MiB")) and scale.get("zero", True)
 
 
 def test_a_line_joins_settings_that_differ_in_epsilon_only(results: Results) -> None:

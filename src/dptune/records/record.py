@@ -155,7 +155,7 @@ class Cost:
     examples_per_second: float
     """Training examples a second. Derived from the expected, not the realised number."""
     peak_memory_mb: float
-    """Peak resident memory of the process, or peak device memory on a GPU."""
+    """Peak resident memory of the process, or peak device memory on a GPU, in MiB (2**20 bytes)."""
     device: str
     """Device and threads."""
 

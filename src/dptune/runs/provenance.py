@@ -65,7 +65,7 @@ def git_commit() -> str | None:
 
 
 def peak_memory_mb(device: str) -> float:
-    """Peak device memory on a GPU, else the peak resident memory of this process."""
+    """Peak device memory on a GPU, else the peak resident memory of this process, in MiB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
