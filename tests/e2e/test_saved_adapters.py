@@ -33,8 +33,8 @@ tokenizer = AutoTokenizer.from_pretrained(backbone)
 def opened(kind, folder, ours):
     model = AutoModelForCausalLM.from_pretrained(backbone)
     if ours:
-        from dptune.models.adapters import load
-        return load(model, Path(folder))
+        from dptune.models.adapters import load_adapter
+        return load_adapter(model, Path(folder))
     assert not any(name.split(".")[0] == "dptune" for name in sys.modules)
     return PeftModel.from_pretrained(model, folder)
 

@@ -84,7 +84,7 @@ def test_a_run_is_named_by_the_content_of_its_shipped_backbone(tmp_path, monkeyp
     before = run_id(Config())
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "SHA256SUMS").write_text("0  model.safetensors\n")
-    monkeypatch.setattr("dptune.config.schema.SHIPPED", tmp_path)
+    monkeypatch.setattr("dptune.identity.SHIPPED", tmp_path)
     assert run_id(Config()) != before
 
 

@@ -99,6 +99,19 @@ def test_tests_that_are_named_exist(page: Path) -> None:
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), f"{path}::{name}"
 
 
+def test_the_table_of_sharp_edges_says_what_their_sections_say() -> None:
+    page = (SOURCE / "privacy" / "SHARP_EDGES.md").read_text(encoding="utf-8")
+    head, *parts = re.split(r"^## (\w+)\n", page, flags=re.MULTILINE)
+    told, found = set(), set()
+    for severity, *cells in re.findall(r"^\| (critical|high|medium|low) \|(.*)\|(.*)\|(.*)\|$", head, re.MULTILINE):
+        for who, cell in zip(("you", "maintainer", "guarded"), cells, strict=True):
+            told |= {(severity, who, number) for number in re.findall(r"\[(\d+)\]", cell)}
+    for severity, text in zip(parts[::2], parts[1::2], strict=True):
+        for number, actors in re.findall(r"^### (\d+) .+\n\n\*(.+?)\.\*", text, re.MULTILINE):
+            found |= {(severity.lower(), who.lower(), number) for who in actors.split(", and ")}
+    assert told == found and len({number for _, _, number in found}) == page.count("\n### ")
+
+
 def has_name(dotted: str) -> bool:
     """Whether `dptune.room.module.name` is a module, or a name that stands at the top of one."""
     parts = dotted.split(".")[1:]
