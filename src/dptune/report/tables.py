@@ -125,7 +125,7 @@ ROUGE_L = Measure("metrics.rouge_l", "ROUGE-L", "↑")
 TEXT = {"bleu": BLEU, "rouge_l": ROUGE_L}
 """Measures of free-form text, shown where there is some."""
 SECONDS = Measure("cost.seconds", "time, s", "↓", None, (0.0, math.inf), 0)
-MEMORY = Measure("cost.peak_memory_mb", "peak memory, MB", "↓", None, (0.0, math.inf), 0)
+MEMORY = Measure("cost.peak_memory_mb", "peak memory, MiB", "↓", None, (0.0, math.inf), 0)
 
 
 def estimate(setting: Setting, measure: Measure, items: Answers | None = None) -> Estimate | None:
