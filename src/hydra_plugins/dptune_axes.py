@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class AxesSweeperConf:
-    """`common` goes with every run, `axes` are grids that are joined; both in Hydra's sweep syntax.
+    """`params` goes with every run, `axes` are grids that are joined; both in Hydra's sweep syntax.
 
     `include` names sweeps whose runs are done, too.
     """
 
     _target_: str = "hydra_plugins.dptune_axes.AxesSweeper"
-    common: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
     axes: list[Any] = field(default_factory=list)
     include: list[str] = field(default_factory=list)
 
@@ -41,8 +41,8 @@ ConfigStore.instance().store(group="hydra/sweeper", name="axes", node=AxesSweepe
 class AxesSweeper(Sweeper):
     """Checks every run of a sweep, then hands those that are not finished to the launcher."""
 
-    def __init__(self, common: dict[str, Any], axes: Sequence[dict[str, Any]], include: Sequence[str]) -> None:
-        self.common, self.axes, self.include = common, axes, include
+    def __init__(self, params: dict[str, Any], axes: Sequence[dict[str, Any]], include: Sequence[str]) -> None:
+        self.params, self.axes, self.include = params, axes, include
         self.jobs: Callable[[list[str]], list[Job]]
         self.settings: DictConfig
 
@@ -51,7 +51,7 @@ class AxesSweeper(Sweeper):
         from dptune.sweeps.expand import jobs_of
 
         self.settings = config.hydra.launcher
-        self.jobs = partial(jobs_of, hydra_context.config_loader, config, self.common, self.axes, self.include)
+        self.jobs = partial(jobs_of, hydra_context.config_loader, config, self.params, self.axes, self.include)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )

@@ -20,7 +20,7 @@ class RandomSweeperConf:
     """`prior` lists, in Hydra's sweep syntax, the values of each parameter that a trial draws uniformly."""
 
     _target_: str = "hydra_plugins.dptune_random.RandomSweeper"
-    common: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
     prior: dict[str, Any] = field(default_factory=dict)
     mean: float = 8.0
     """Expected number of trials."""
@@ -34,8 +34,8 @@ ConfigStore.instance().store(group="hydra/sweeper", name="random", node=RandomSw
 class RandomSweeper(AxesSweeper):
     """Checks every config that can be drawn, does the trials, and lets one run out."""
 
-    def __init__(self, common: dict[str, Any], prior: dict[str, Any], mean: float, eta: float) -> None:
-        super().__init__(common, [prior], [])
+    def __init__(self, params: dict[str, Any], prior: dict[str, Any], mean: float, eta: float) -> None:
+        super().__init__(params, [prior], [])
         self.mean, self.eta = mean, eta
         self.launcher_below: Callable[[str], Launcher]
 

@@ -116,7 +116,7 @@ def reached() -> tuple[set[tuple[str, str]], dict[str, set[str]]]:
         content = read(ROOT / "sweeps" / f"{sweep}.yaml")
         files |= {(key.split("/")[-1], name) for item in content.pop("defaults", ()) for key, name in item.items()}
         sweeper = content.pop("hydra")["sweeper"]
-        parts = [sweeper.get("common", {}), sweeper.get("prior", {}), *sweeper.get("axes", ())]
+        parts = [sweeper.get("params", {}), sweeper.get("prior", {}), *sweeper.get("axes", ())]
         said = [f"{key}={value}" for part in parts for key, value in part.items()]
         for job in (job for override in said for job in grid([override])):
             key, _, value = job[0].partition("=")

@@ -114,12 +114,12 @@ def write(path: Path, body: str, sweeper: str) -> None:
 def test_a_sweep_may_be_made_of_others(folder: Path) -> None:
     layers = "adapter: {target_modules: [v_proj, down_proj], top_layers: null}\ndata: {train_size: 900}"
     write(
-        folder / "some" / "rank.yaml", layers, 'common: {environment.seed: "0,1"}, axes: [{}, {hyperparameter.rank: 2}]'
+        folder / "some" / "rank.yaml", layers, 'params: {environment.seed: "0,1"}, axes: [{}, {hyperparameter.rank: 2}]'
     )
     write(folder / "some" / "seed.yaml", "", 'axes: [{environment.seed: "0,5"}, {hyperparameter.rank: 9}]')
     write(folder / "both.yaml", "", "axes: [{privacy: none}], include: [some/rank, some/seed]")
     write(folder / "all.yaml", "", "include: [both, some/seed]")
-    write(folder / "set.yaml", "", "common: {hyperparameter.rank: 3, environment.seed: 7}, include: [some/seed]")
+    write(folder / "set.yaml", "", "params: {hyperparameter.rank: 3, environment.seed: 7}, include: [some/seed]")
 
     ids = {name: [job.run_id for job in jobs_of_sweep(name)] for name in names()}
     assert ids["all"] == ids["both"] and ids["both"][1:] == ids["some/rank"] + ids["some/seed"]
@@ -128,7 +128,7 @@ def test_a_sweep_may_be_made_of_others(folder: Path) -> None:
     assert included("some/seed") == [{"environment.seed": "0,5"}, {"hyperparameter.rank": 9}]
 
     own = [(job.config.hyperparameter.rank, job.config.environment.seed) for job in jobs_of_sweep("set")]
-    assert own == [(3, 0), (3, 5), (9, 7)], "an axis of an included file wins over `common`"
+    assert own == [(3, 0), (3, 5), (9, 7)], "an axis of an included file wins over `params`"
     told = [
         (job.config.hyperparameter.rank, job.config.environment.seed)
         for job in jobs_of_sweep("set", ["environment.seed=1"])

@@ -1,11 +1,11 @@
 """What a sweep is: a file of `sweeps/` expanded to the runs that it asks for. No torch here.
 
-A sweep file has, under `hydra.sweeper`, `common` (parameters of every run) and `axes`: a list of small grids that are
+A sweep file has, under `hydra.sweeper`, `params` (parameters of every run) and `axes`: a list of small grids that are
 joined, so that "each setting varied alone around a reference" is one file. Both use Hydra's sweep syntax
 (`"1,2,3"`, `range(...)`), and what the command line says of a parameter wins over the file.
 
 A file may be made of others: `include: [hyperparameter/rank, ...]` puts their runs behind its own. Each axis of an
-included file brings along what that file sets and its `common`; like any axis it wins over the `common` of the file
+included file brings along what that file sets and its `params`; like any axis it wins over the `params` of the file
 that includes it. Runs that are the same in several files appear once, and belong to the sweep that was asked for.
 
 A search (sweeper `random`) has `prior` instead of `axes`, one grid of candidates, and releases one run.
@@ -65,21 +65,21 @@ def grid(overrides: Iterable[str]) -> list[list[str]]:
 
 
 def expand(
-    common: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], arguments: Sequence[str]
+    params: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], arguments: Sequence[str]
 ) -> list[tuple[list[str], list[str]]]:
     """The jobs of a sweep as (all overrides, those that set a job apart), in the order of the file.
 
     Args:
-        common: parameters of every run, in sweep syntax.
+        params: parameters of every run, in sweep syntax.
         axes: grids that are joined.
-        arguments: overrides of the command line; a parameter that they name is taken out of `common` and `axes`.
+        arguments: overrides of the command line; a parameter that they name is taken out of `params` and `axes`.
     """
 
     def key(override: str) -> str:
         return override.lstrip("+~").partition("=")[0]
 
     given = {key(argument) for argument in arguments}
-    shared = [f"{name}={value}" for name, value in common.items() if name not in given]
+    shared = [f"{name}={value}" for name, value in params.items() if name not in given]
     several = {key(override) for override in (*arguments, *shared) if len(grid([override])) > 1}
     jobs: list[tuple[list[str], list[str]]] = []
     for axis in axes or [{}]:
@@ -100,7 +100,7 @@ def names() -> list[str]:
 def parts(name: str) -> list[str]:
     """The sweeps that the sweep `name` consists of, if it does nothing but include others; else itself."""
     sweeper = _file(name).get("hydra", {}).get("sweeper", {})
-    whole = sweeper.get("common") or sweeper.get("axes") or not sweeper.get("include")
+    whole = sweeper.get("params") or sweeper.get("axes") or not sweeper.get("include")
     return [name] if whole else [part for other in sweeper["include"] for part in parts(other)]
 
 
@@ -112,9 +112,9 @@ def included(name: str) -> list[dict[str, Any]]:
     """
     content = _file(name)
     if "defaults" in content:
-        raise ConfigError(f"sweeps={name} cannot be included: let `common` choose its groups instead of `defaults`")
+        raise ConfigError(f"sweeps={name} cannot be included: let `params` choose its groups instead of `defaults`")
     sweeper = content.pop("hydra", {}).get("sweeper", {})
-    shared = {**_flat(content), **sweeper.get("common", {})}
+    shared = {**_flat(content), **sweeper.get("params", {})}
     shared.pop("sweep", None)
     own = sweeper.get("axes") or ([] if sweeper.get("include") else [{}])
     return [
@@ -146,7 +146,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def jobs_of(
     loader: ConfigLoader,
     master: DictConfig,
-    common: Mapping[str, Any],
+    params: Mapping[str, Any],
     axes: Sequence[Mapping[str, Any]],
     include: Sequence[str],
     arguments: Sequence[str],
@@ -160,7 +160,7 @@ def jobs_of(
     composer = Composer(loader, master)
     own = axes or ([] if include else [{}])
     every = [*own, *(axis for name in include for axis in included(name))]
-    for overrides, varied in expand(common, every, arguments):
+    for overrides, varied in expand(params, every, arguments):
         config = composer.config(overrides)
         identity = run_id(config)
         jobs.setdefault(identity, Job(identity, config, tuple(overrides), tuple(varied)))
@@ -247,6 +247,6 @@ def _composed_jobs(name: str, arguments: Sequence[str]) -> list[Job]:
         master = loader.load_configuration("config", [f"sweeps={name}", *arguments], RunMode.MULTIRUN)
         sweeper, overrides = master.hydra.sweeper, [f"sweeps={name}", *arguments]
         if "prior" not in sweeper:
-            return jobs_of(loader, master, sweeper.common, sweeper.axes, sweeper.include, overrides)
-        candidates = jobs_of(loader, master, sweeper.common, [sweeper.prior], [], overrides)
+            return jobs_of(loader, master, sweeper.params, sweeper.axes, sweeper.include, overrides)
+        candidates = jobs_of(loader, master, sweeper.params, [sweeper.prior], [], overrides)
         return [released_by(candidates, sweeper.mean, sweeper.eta)]
