@@ -43,15 +43,19 @@ ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("dptune_root", lambda: str(ROOT), replace=True)
 
 
-def grid(overrides: Iterable[str]) -> list[list[str]]:
+def grid(overrides: Iterable[str], loader: ConfigLoader | None = None) -> list[list[str]]:
     """All combinations of some overrides, one list a job; the last word on a key counts.
+
+    Args:
+        overrides: in sweep syntax.
+        loader: knows the choices of each group, which `group=glob(lora*)` asks for.
 
     Raises:
         ConfigError: when an override cannot be parsed or is a continuous interval.
     """
     choices: dict[str, list[str]] = {}
     try:
-        for item in OverridesParser.create().parse_overrides(list(overrides)):
+        for item in OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)):
             key = item.get_key_element()
             if not item.is_sweep_override():
                 choices[key] = [f"{key}={item.get_value_element_as_str()}"]
@@ -65,7 +69,10 @@ def grid(overrides: Iterable[str]) -> list[list[str]]:
 
 
 def expand(
-    params: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], arguments: Sequence[str]
+    params: Mapping[str, Any],
+    axes: Sequence[Mapping[str, Any]],
+    arguments: Sequence[str],
+    loader: ConfigLoader | None = None,
 ) -> list[tuple[list[str], list[str]]]:
     """The jobs of a sweep as (all overrides, those that set a job apart), in the order of the file.
 
@@ -73,6 +80,7 @@ def expand(
         params: parameters of every run, in sweep syntax.
         axes: grids that are joined.
         arguments: overrides of the command line; a parameter that they name is taken out of `params` and `axes`.
+        loader: as of `grid`.
     """
 
     def key(override: str) -> str:
@@ -80,12 +88,12 @@ def expand(
 
     given = {key(argument) for argument in arguments}
     shared = [f"{name}={value}" for name, value in params.items() if name not in given]
-    several = {key(override) for override in (*arguments, *shared) if len(grid([override])) > 1}
+    several = {key(override) for override in (*arguments, *shared) if len(grid([override], loader)) > 1}
     jobs: list[tuple[list[str], list[str]]] = []
     for axis in axes or [{}]:
         varied = [f"{name}={value}" for name, value in axis.items() if name not in given]
         names = several | {key(override) for override in varied}
-        for overrides in grid([*arguments, *shared, *varied]):
+        for overrides in grid([*arguments, *shared, *varied], loader):
             if (job := (overrides, [item for item in overrides if key(item) in names])) not in jobs:
                 jobs.append(job)
     return jobs
@@ -160,7 +168,7 @@ def jobs_of(
     composer = Composer(loader, master)
     own = axes or ([] if include else [{}])
     every = [*own, *(axis for name in include for axis in included(name))]
-    for overrides, varied in expand(params, every, arguments):
+    for overrides, varied in expand(params, every, arguments, loader):
         config = composer.config(overrides)
         identity = run_id(config)
         jobs.setdefault(identity, Job(identity, config, tuple(overrides), tuple(varied)))
