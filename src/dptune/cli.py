@@ -141,7 +141,7 @@ def sync(argv: list[str]) -> None:
 def overview() -> str:
     """What `dptune --help` prints: commands, groups with their choices, sweeps."""
     lines = ["dptune: differentially private, parameter-efficient fine-tuning of language models on instructions", ""]
-    lines += [f"  dptune {name:<8} {verb.usage:<44} {verb.does}" for name, verb in VERBS.items()]
+    lines += [f"  dptune {name:<8} {verb.does}" for name, verb in VERBS.items()]
     lines += ["", "dptune COMMAND --help says more, dptune --hydra-help what Hydra can (-m a=1,2, --cfg job, --info)."]
     lines += ["", "Groups and their choices, as in dptune run privacy=uniform model=nano:"]
     groups = sorted(path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")

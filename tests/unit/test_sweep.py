@@ -3,6 +3,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from dptune.config.checks import strict
 from dptune.config.schema import EMBEDDED, Config, ConfigError
@@ -10,7 +12,7 @@ from dptune.identity import run_id
 from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS, TESTS
 from dptune.sweeps import expand as sweep
 from dptune.sweeps import jobs, readme
-from dptune.sweeps.expand import expand, included, jobs_of_sweep, names, parts, without_hydra
+from dptune.sweeps.expand import expand, grid, included, jobs_of_sweep, names, parts, without_hydra
 from dptune.sweeps.jobs import ROOT
 
 FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
@@ -283,3 +285,9 @@ def test_a_sweep_on_a_file_is_not_remembered(folder: Path, tmp_path: Path) -> No
         file.write_text(text)
         ids.append([job.run_id for job in jobs_of_sweep("part", arguments)])
     assert ids[0] != ids[1] and not cache.exists()
+
+
+def test_a_glob_stands_for_the_choices_of_a_group() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        jobs = grid(["adapter=glob(lora*)", "environment.seed=0,1"], GlobalHydra.instance().config_loader())
+    assert ["adapter=lora_xs", "environment.seed=1"] in jobs and len(jobs) == 10
