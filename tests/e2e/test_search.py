@@ -22,7 +22,7 @@ from dptune.privacy.accounting import epsilon
 from dptune.privacy.events import Event
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
-from dptune.records import record as records
+from dptune.records import frame
 from dptune.records.record import RunFailed, RunRecord
 from dptune.report.composition import compositions
 from dptune.report.results import load_results as results
@@ -68,7 +68,7 @@ def tried(search: Search) -> list[RunRecord]:
 def released(search: Search) -> RunRecord:
     """Finish the search."""
     assert search.release() is not None
-    (record,) = records.read_all(search.root)
+    (record,) = frame.read_all(search.root)
     assert record.run_id == search.released.run_id == search.folder.name
     return record
 

@@ -18,9 +18,9 @@ from dptune.records.lock import LockLost, holder, locked
 HOLD = """
 import sys, time
 from pathlib import Path
-from dptune.lease import claimed
-with claimed(Path(sys.argv[1])) as claim:
-    print("held" if claim else "refused", flush=True)
+from dptune.records.lock import locked
+with locked(Path(sys.argv[1])) as lock:
+    print("held" if lock else "refused", flush=True)
     time.sleep(60)
 """
 
@@ -32,15 +32,15 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 
 
 def written_elsewhere(folder: Path, age: float) -> Path:
-    """A claim of another machine, renewed some seconds ago."""
-    path = folder / ".claim.0"
+    """A lock of another machine, renewed some seconds ago."""
+    path = folder / ".lock.0"
     path.write_text(json.dumps(dataclasses.asdict(lease.Holder("elsewhere", 1, "2026-01-01", "elsewhere x", "7"))))
     now = path.stat().st_mtime
     os.utime(path, (now - age, now - age))
     return path
 
 
-def test_a_claim_excludes_others_until_it_ends(tmp_path: Path) -> None:
+def test_a_lock_excludes_others_until_it_ends(tmp_path: Path) -> None:
     with locked(tmp_path) as mine:
         assert mine is not None
         mine.check()
@@ -65,12 +65,12 @@ def test_another_process_is_excluded_until_it_is_killed(tmp_path: Path) -> None:
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
     assert holder(tmp_path) is None
     with locked(tmp_path) as mine:
-        assert mine is not None and mine.path.name == ".claim.1"
+        assert mine is not None and mine.path.name == ".lock.1"
     other.communicate()
 
 
 @pytest.mark.parametrize(("age", "free"), [(lease.EXPIRY - 60, False), (lease.EXPIRY + 60, True)])
-def test_a_claim_of_another_machine_ends_when_it_is_not_renewed(tmp_path: Path, age: float, free: bool) -> None:
+def test_a_lock_of_another_machine_ends_when_it_is_not_renewed(tmp_path: Path, age: float, free: bool) -> None:
     written_elsewhere(tmp_path, age)
     assert (holder(tmp_path) is None) is free
     with locked(tmp_path) as mine:
@@ -85,13 +85,13 @@ def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) 
             assert second is not None
 
 
-def test_a_claim_that_is_being_written_counts(tmp_path: Path) -> None:
-    (tmp_path / ".claim.0").touch()
+def test_a_lock_that_is_being_written_counts(tmp_path: Path) -> None:
+    (tmp_path / ".lock.0").touch()
     with locked(tmp_path) as mine:
         assert mine is None
 
 
-def test_who_was_taken_for_dead_must_not_write_and_leaves_the_new_claim_alone(tmp_path: Path) -> None:
+def test_who_was_taken_for_dead_must_not_write_and_leaves_the_new_lock_alone(tmp_path: Path) -> None:
     with locked(tmp_path) as old:
         assert old is not None
         os.utime(old.path, (1, 1))
@@ -109,14 +109,14 @@ def test_a_stopped_process_is_found_dead_after_a_while_only(tmp_path: Path) -> N
     try:
         other.send_signal(signal.SIGSTOP)
         assert holder(tmp_path) is not None
-        os.utime(tmp_path / ".claim.0", (1, 1))
+        os.utime(tmp_path / ".lock.0", (1, 1))
         assert holder(tmp_path) is None
     finally:
         other.kill()
         other.communicate()
 
 
-def test_claims_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT", 0.02)
     with locked(tmp_path) as mine:
         assert mine is not None
@@ -128,13 +128,13 @@ def test_claims_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_of_many_processes_one_gets_a_run(tmp_path: Path) -> None:
-    """All start at a dead claim at the same moment; the winner holds on until all have tried."""
+    """All start at a dead lock at the same moment; the winner holds on until all have tried."""
     written_elsewhere(tmp_path, lease.EXPIRY + 60)
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom dptune.records.lock import claimed\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dptune.records.lock import locked\n"
         "folder = Path(sys.argv[1])\nPath(sys.argv[2]).touch()\n"
         "while not (folder / 'go').exists():\n    pass\n"
-        "with claimed(folder) as claim:\n    print('held' if claim else 'refused', flush=True)\n    sys.stdin.read()\n"
+        "with locked(folder) as lock:\n    print('held' if lock else 'refused', flush=True)\n    sys.stdin.read()\n"
     )
     processes = [
         subprocess.Popen(
