@@ -43,7 +43,7 @@ class AxesSweeper(Sweeper):
 
     def __init__(self, params: dict[str, Any], axes: Sequence[dict[str, Any]], include: Sequence[str]) -> None:
         self.params, self.axes, self.include = params, axes, include
-        self.jobs: Callable[[list[str]], list[Job]]
+        self.expand: Callable[[list[str]], list[Job]]
         self.settings: DictConfig
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -51,10 +51,18 @@ class AxesSweeper(Sweeper):
         from dptune.sweeps.expand import jobs_of
 
         self.settings = config.hydra.launcher
-        self.jobs = partial(jobs_of, hydra_context.config_loader, config, self.params, self.axes, self.include)
+        self.expand = partial(jobs_of, hydra_context.config_loader, config, self.params, self.axes, self.include)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def jobs(self, arguments: list[str]) -> list["Job"]:
+        """The runs, by the names that other processes give them, too: their key is kept from now on."""
+        from dptune.identity import keep_local_key
+
+        jobs = self.expand(arguments)
+        late = [keep_local_key(job.config) for job in jobs]
+        return self.expand(arguments) if any(late) else jobs
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run what is missing; a run that fails does not stop the others."""

@@ -266,7 +266,7 @@ def test_the_score_counts_right_answers_on_the_validation_split(
         judged.append([arguments, named, found])
         return found
 
-    monkeypatch.setattr(run.evaluation, "judge", spy)
+    monkeypatch.setattr(run.evaluation, "evaluate", spy)
     scored = with_values(config, privacy={"score_noise_multiplier": 2.0}, hyperparameter={"learning_rate": 0.3})
     record = run.run(scored)
     data = data_of(scored)
