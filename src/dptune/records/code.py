@@ -17,6 +17,7 @@ NOT_NUMBERS = (
     "records/frame.py",
     "records/lock.py",
     "records/mirror.py",
+    "records/state.py",
     "runs/pretraining.py",
     "runs/search.py",
     "runs/watch.py",

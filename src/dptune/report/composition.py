@@ -13,7 +13,7 @@ from dptune.privacy.events import Event
 from dptune.privacy.plan import PlanError, PrivacyPlan
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, curve_best, epsilon_all, score_event
-from dptune.report.results import FAILED, RUNNING
+from dptune.records.state import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ def compositions(runs: pd.DataFrame) -> list[Composition]:
     notes = []
     if len(private) < len(done):
         notes.append(f"The {len(done) - len(private)} non-private runs have no ε at all.")
-    if begun := int(runs["state"].isin([FAILED, RUNNING]).sum()):
+    if begun := int(runs["state"].isin([State.FAILED, State.BEGUN]).sum()):
         notes.append(f"{begun} runs failed or did not end; whatever was seen of them is not in the ε above.")
     return found + [Composition(note, None, None, ()) for note in notes]
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dptune.report.results import DONE, Results
+from dptune.records.state import State
+from dptune.report.results import Results
 from dptune.report.settings import SEED, plain
 
 BUDGET = ("target_epsilon", "noise_multiplier", "delta", "noise_mode", "unit", "examples_per_user")
@@ -79,7 +80,7 @@ def evidence(results: Results) -> Evidence:
     }
     keys = {part: _keys(columns, [name for name in names if name in columns]) for part, names in parts.items()}
     private = columns.get("privacy.private", ())
-    rows = [row for row, state in enumerate(columns["state"]) if state == DONE and private[row]]
+    rows = [row for row, state in enumerate(columns["state"]) if state == State.DONE and private[row]]
     runs = tuple(
         Run(row=row, seed=columns[SEED][row], sweep=columns["sweep"][row], **{part: keys[part][row] for part in parts})
         for row in rows

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dptune.records.frame import collect, to_frame
 from dptune.records.record import EVALUATION_FILE, HISTORY_FILE, RunRecord
+from dptune.records.state import State
 from dptune.report.intervals import Answers
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from dptune.report.settings import Setting
     from dptune.sweeps.jobs import Job
 
-DONE, FAILED, RUNNING, MISSING = "done", "failed", "running or stopped", "missing"
-SUPERSEDED = "superseded"
-"""Made for a sweep that no longer asks for it."""
 ORDER = (
     "sweep",
     "method",
@@ -60,7 +58,7 @@ class Results:
     @property
     def done(self) -> pd.DataFrame:
         """The finished runs."""
-        return self.runs[self.runs["state"] == DONE]
+        return self.runs[self.runs["state"] == State.DONE]
 
     @cached_property
     def settings(self) -> tuple[Setting, ...]:
@@ -103,7 +101,7 @@ def of_records(
     if not records:
         return Results(pd.DataFrame({"run_id": [], "status": [], "state": []}), unreadable=unreadable, root=root)
     runs = to_frame(records)
-    runs["state"] = runs["status"].replace({"running": RUNNING})
+    runs["state"] = runs["status"].replace({"running": State.BEGUN})
     tasks = [name for name in runs if str(name).startswith("metrics.accuracy_by_task.")]
     runs["metrics.worst"] = runs[tasks].min(axis=1) if tasks else None
     order = [name for name in ORDER if name in runs]
@@ -129,10 +127,10 @@ def of_sweep(name: str, jobs: Sequence[Job], found: Results) -> Results:
     planned = to_frame(
         RunRecord(job.run_id, "running", dataclasses.asdict(job.config), name, job.config.method) for job in lacking
     )
-    parts = [part for part in (wanted, planned.assign(state=MISSING) if lacking else None) if part is not None]
+    parts = [part for part in (wanted, planned.assign(state=State.MISSING) if lacking else None) if part is not None]
     if "sweep" in runs:
         old = runs[(runs["sweep"] == name) & ~runs["run_id"].isin(asked)]
-        parts.append(old.assign(state=SUPERSEDED))
+        parts.append(old.assign(state=State.SUPERSEDED))
     together = pd.concat([part.astype(object) for part in parts if len(part)], ignore_index=True).infer_objects()
     position = {run_id: at for at, run_id in enumerate(asked)}
     order = together["run_id"].map(lambda run_id: position.get(run_id, len(asked))).argsort(kind="stable")

@@ -16,9 +16,10 @@ import numpy as np
 
 from dptune.privacy.accounting import epsilon_text, rounded_up
 from dptune.records.code import code_version
+from dptune.records.state import State
 from dptune.report.composition import Composition, compositions
 from dptune.report.intervals import Answers, Array, Estimate, mean_over_runs, share_of_one_run
-from dptune.report.results import DONE, SUPERSEDED, Results
+from dptune.report.results import Results
 from dptune.report.settings import SEED, Setting, comparable, mixed, references, why_apart
 
 if TYPE_CHECKING:
@@ -212,9 +213,9 @@ def main_table(name: str, results: Results, title: str | None = None) -> Table:
         difference = difference_cell(results, setting, reference, position.get(id(reference), 0))
         rows.append({"row": Cell(str(at), at), **setting_row(results, setting, difference)})
     states = Counter(results.runs["state"])
-    counted = len(results.runs) - states[SUPERSEDED]
-    title = f"{title or name}: {states[DONE]} of {counted} runs done"
-    title += f", {states[SUPERSEDED]} superseded" if states[SUPERSEDED] else ""
+    counted = len(results.runs) - states[State.SUPERSEDED]
+    title = f"{title or name}: {states[State.DONE]} of {counted} runs done"
+    title += f", {states[State.SUPERSEDED]} superseded" if states[State.SUPERSEDED] else ""
     found = compositions(results.runs)
     lines = notes(results, settings, found, compared=any(reference is not None for reference in compared_with))
     return Table(name, title, columns, tuple(rows), tuple(lines), tuple(found))
@@ -352,7 +353,7 @@ def cost_cell(setting: Setting, measure: Measure) -> Cell:
 def lacking_runs(setting: Setting) -> str:
     """How many runs have no numbers, and why."""
     states = [setting.columns["state"][row] for row in setting.rows]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != DONE)
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != State.DONE)
 
 
 def cost_table(name: str, results: Results) -> Table:

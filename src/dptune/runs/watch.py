@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Self
 
 from dptune.records.lock import holder
 from dptune.records.record import HISTORY_FILE, RECORD_FILE, RecordError, RunRecord, read, run_state
+from dptune.records.state import State
 from dptune.sweeps.progress import Display, in_time, time_left
-from dptune.sweeps.status import State, of_run
+from dptune.sweeps.status import of_run
 
 if TYPE_CHECKING:
     from dptune.sweeps.jobs import Job

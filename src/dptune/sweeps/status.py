@@ -5,29 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dptune.records.code import code_version
 from dptune.records.lock import holder
 from dptune.records.record import RecordError, RunState, run_state, run_states
+from dptune.records.state import State
 
 if TYPE_CHECKING:
     from dptune.sweeps.jobs import Job
-
-
-class State(StrEnum):
-    """What is known of a run, in the order in which it is shown."""
-
-    DONE = "done"
-    STALE = "stale"
-    """Done by another version of the code. It counts as done; only `compute.force=true` does it again."""
-    RUNNING = "running"
-    INTERRUPTED = "interrupted"
-    """Killed or stopped; it goes on from its checkpoint."""
-    FAILED = "failed"
-    MISSING = "missing"
 
 
 TO_DO = (State.INTERRUPTED, State.FAILED, State.MISSING)
