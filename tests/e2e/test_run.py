@@ -420,11 +420,9 @@ def test_a_gradient_that_depends_on_its_place_is_found_before_anything_is_spent(
     monkeypatch.setitem(engines.ENGINES, "hooks", Placed)
     assert run.run(config).status == "done"  # in float32 that is inside the margin
     config.environment.precision = "bfloat16"
-    record = run.run(config)
-    assert record.status == "failed" and record.error is not None
-    assert "depend on a row's place in its batch; set compute.physical_batch_size=1" in record.error
-    folder = Path(config.compute.output_root) / record.run_id
-    assert not (folder / "ledger.jsonl").exists() and not (folder / "history.jsonl").exists()
+    with pytest.raises(ConfigError, match="depend on a row's place in its batch; set compute.physical_batch_size=1"):
+        run.run(config)
+    assert not (Path(config.compute.output_root) / run_id(config)).exists()
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
@@ -530,11 +528,9 @@ def test_an_engine_that_is_wrong_is_found_before_anything_is_spent(
             return losses, {name: 2 * value if ".o_proj." in name else value for name, value in found.items()}
 
     monkeypatch.setitem(engines.ENGINES, "hooks", Doubled)
-    record = run.run(config)
-    assert record.status == "failed" and record.error is not None
-    assert "o_proj" in record.error and "differs from the loop" in record.error
-    folder = Path(config.compute.output_root) / record.run_id
-    assert not (folder / "ledger.jsonl").exists() and not (folder / "history.jsonl").exists()
+    with pytest.raises(ConfigError, match=r"o_proj.* differs from the loop"):
+        run.run(config)
+    assert not list(Path(config.compute.output_root).glob("*/record.json"))
 
 
 def test_noise_keys_follow_data_plan_and_run(config: Config) -> None:

@@ -22,7 +22,7 @@ from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
 from dptune.privacy.batch_shape import fixed_shape_engine
 from dptune.privacy.engines import checked_engine
-from dptune.privacy.gradients import Engine
+from dptune.privacy.gradients import Engine, EngineError
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records.code import code_version
@@ -68,7 +68,20 @@ def set_up(config: Config, identity: str) -> Setup:
     # The same seed must never draw the same noise for other data, another backbone or another plan.
     name = "/".join((identity, data.fingerprint, backbone.fingerprint, plan.fingerprint()))
     keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
-    return Setup(data, plan, backbone, model, keys, engine)
+    setup = Setup(data, plan, backbone, model, keys, engine)
+    if plan.steps:
+        check_engine(config, setup)
+    return setup
+
+
+def check_engine(config: Config, setup: Setup) -> None:
+    """Raises ConfigError when the engine of a run does not give the gradients that it should, for this very adapter."""
+    adapters.set_modes(setup.model)
+    try:
+        # Measuring the backbone comes first: the engine that trains is made after it, and checked again.
+        make_engine(config, setup).close()
+    except EngineError as error:
+        raise ConfigError(f"adapter={config.adapter.name} on model={config.model.name}: {error}") from None
 
 
 def data_of(config: Config) -> Dataset:
