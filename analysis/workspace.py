@@ -16,9 +16,9 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from dptune.records import collect
-from dptune.sync import SWEEP_TABLE
-from dptune.tracking import TASK_TABLE, has_account
+from dptune.records.frame import collect
+from dptune.records.mirror import TASK_TABLE, has_account
+from dptune.report.upload import SWEEP_TABLE
 
 METHOD = "JobType"
 """Runs are uploaded with their method as job type; seeds and settings of one method are summed up by it."""
@@ -83,7 +83,7 @@ def sections(tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
         "Cost (of public data only: elsewhere times tell which batches were drawn)": [
             by_method("cost/seconds", "Seconds a run (lower is better)"),
             by_method("cost/examples_per_second", "Training examples a second"),
-            by_method("cost/peak_memory_mb", "Peak memory, MB (lower is better)"),
+            by_method("cost/peak_memory_mb", "Peak memory, MiB (lower is better)"),
         ],
         "History": [
             over_steps("epsilon", "ε spent"),

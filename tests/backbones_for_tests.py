@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dptune.data.batches import Layout
+    from dptune.data.batches import InputFormat
 
 COMMON = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 BERT = {
@@ -84,12 +84,14 @@ BACKBONES: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
-def layout_of(name: str) -> Layout:
+def layout_of(name: str) -> InputFormat:
     """How a backbone of `BACKBONES` reads an example."""
-    from dptune.data.batches import Layout
+    from dptune.data.batches import InputFormat
 
     if name == "t5":
-        return Layout(pad=0, architecture="encoder_decoder", end=1, start=0, first_position=None)
+        return InputFormat(pad=0, architecture="encoder_decoder", end=1, start=0, first_position=None)
     if name in ("bert", "roberta"):
-        return Layout(pad=0, architecture="encoder", prefix=(2,), end=1, mask=3, first_position=int(name == "roberta"))
-    return Layout(pad=0)
+        return InputFormat(
+            pad=0, architecture="encoder", prefix=(2,), end=1, mask=3, first_position=int(name == "roberta")
+        )
+    return InputFormat(pad=0)

@@ -29,7 +29,7 @@ TEXT = ["which team ? reset my code", "is it urgent ? the order is late", "yes n
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A test that met a package of an extra that is not installed is skipped, saying which."""
-    from dptune.extras import MODULES, needs
+    from dptune.config.extras import MODULES, needs
 
     try:
         return (yield)

@@ -20,7 +20,7 @@ FRESH = [sys.executable, "-c", "from dptune.cli import main; main()"]
 """A command that imports everything itself: for launchers whose own processes end with the interpreter only."""
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["dptune.run", "dptune.cli"])
+FORK.set_forkserver_preload(["dptune.runs.run", "dptune.cli"])
 
 
 def _main(arguments: Sequence[str], cwd: str, environment: Mapping[str, str], out: str, errors: str) -> None:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
 import sys
+import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dptune.config import Config, ConfigError, strict, unknown_key
-from dptune.extras import needs
-from dptune.progress import Display, NotDone, StepBar, tried
-from dptune.records import RecordError, RunFailed, RunRecord, without_collector
-from dptune.sweep import ROOT, names
+from dptune.config.checks import strict, unknown_key
+from dptune.config.extras import needs
+from dptune.config.schema import Config, ConfigError
+from dptune.records.frame import without_collector
+from dptune.records.record import RecordError, RunFailed, RunRecord
+from dptune.sweeps.expand import names
+from dptune.sweeps.jobs import ROOT
+from dptune.sweeps.progress import Display, NotDone, StepBar, tried
 
-VIEWS = ("table", "tables", "figures", "claims", "report")
-"""Views of the records: functions of dptune.report.commands."""
 USAGE_ERROR, RUN_FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -37,20 +42,118 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Hydra hands exceptions through only then; `errors_for_people` shows them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with errors_for_people():
-        if argv and argv[0] in VIEWS:
-            from dptune.report import commands
-
-            with without_collector():
-                getattr(commands, argv[0])(argv[1:])
-        elif argv[:1] == ["status"]:
-            status(argv[1:])
-        elif argv[:1] == ["sync"]:
-            from dptune.sync import sync
-
-            sync(argv[1:])
+        name, rest = (argv[0], argv[1:]) if argv and is_word(argv[0]) else ("run", argv)
+        if name not in VERBS:
+            near = difflib.get_close_matches(name, VERBS, n=1)
+            hint = f"did you mean dptune {near[0]}?" if near else f"dptune can: {', '.join(VERBS)}"
+            raise ConfigError(f"{name} is no command, and no key=value; {hint}")
+        if HELP & {*rest}:
+            print(overview() if rest is argv else VERBS[name].page(name))
         else:
-            sys.argv = ["dptune", *argv]
-            hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")(job)()
+            VERBS[name].call(rest)
+
+
+HELP = {"--help", "-h"}
+
+
+def is_word(argument: str) -> bool:
+    """Whether an argument can only be the name of a command or of a sweep: neither an override nor an option."""
+    return "=" not in argument and not argument.startswith(("-", "+", "~"))
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command of `dptune`."""
+
+    call: Callable[[list[str]], None]
+    usage: str
+    """What follows its name."""
+    does: str
+    """What it does, in one line."""
+    more: str = ""
+    """What its page says besides."""
+
+    def page(self, name: str) -> str:
+        """What `dptune NAME --help` prints."""
+        return "\n".join(filter(None, (f"dptune {name} {self.usage}\n\n{self.does}.", self.more and f"\n{self.more}")))
+
+
+def compose_and_run(argv: list[str]) -> None:
+    """Hand overrides and Hydra's own options to Hydra, which calls `job`.
+
+    Raises:
+        ConfigError: naming the argument that cannot be read.
+    """
+    if SHOWS & {*argv}:  # One config or what Hydra knows, whether or not it is a sweep's.
+        argv = [item for item in argv if item not in ("-m", "--multirun")]
+    for argument in argv:
+        if "=" in argument and not argument.startswith("-"):
+            try:
+                OverridesParser.create().parse_override(argument)
+            except HydraException:
+                key, _, value = argument.partition("=")
+                quoted = f"""'{key}="{value.strip("'")}"'"""
+                raise ConfigError(
+                    f"{argument}: its value cannot be read; quote it for the shell and for Hydra: {quoted}"
+                ) from None
+    sys.argv = ["dptune", *argv]
+    hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")(job)()
+
+
+SHOWS = {"--cfg", "-c", "--info", "-i"}
+"""Hydra's options that show something instead of running."""
+
+
+def sweep(argv: list[str]) -> None:
+    """`dptune sweep NAME [key=value ...]`: what `dptune -m sweeps=NAME` does.
+
+    Raises:
+        ConfigError: when the first argument is not the name of a sweep.
+    """
+    if not argv or not is_word(argv[0]):
+        raise ConfigError(f"sweep needs a name first: {', '.join(names())}")
+    if argv[0] not in names():
+        near = difflib.get_close_matches(argv[0], names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"sweep {argv[0]} does not exist; {hint}sweeps can be: {', '.join(names())}")
+    compose_and_run(["-m", f"sweeps={argv[0]}", *argv[1:]])
+
+
+def view(name: str) -> Callable[[list[str]], None]:
+    """A view of the records: a function of `dptune.report.commands`."""
+
+    def call(argv: list[str]) -> None:
+        from dptune.report import commands
+
+        with without_collector():
+            getattr(commands, name)(argv)
+
+    return call
+
+
+def sync(argv: list[str]) -> None:
+    """Upload finished records to W&B."""
+    from dptune.report import upload
+
+    upload.sync(argv)
+
+
+def overview() -> str:
+    """What `dptune --help` prints: commands, groups with their choices, sweeps."""
+    lines = ["dptune: differentially private, parameter-efficient fine-tuning of language models on instructions", ""]
+    lines += [f"  dptune {name:<8} {verb.does}" for name, verb in VERBS.items()]
+    lines += ["", "dptune COMMAND --help says more, dptune --hydra-help what Hydra can (-m a=1,2, --cfg job, --info)."]
+    lines += ["", "Groups and their choices, as in dptune run privacy=uniform model=nano:"]
+    groups = sorted(path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
+    for group in groups:
+        lines += listed(group.name, sorted(path.stem for path in group.glob("*.yaml")))
+    lines += ["", "Sweeps, as in dptune sweep smoke:", *listed("", names())]
+    return "\n".join(lines)
+
+
+def listed(head: str, words: Sequence[str]) -> list[str]:
+    """Words behind a head, in lines of at most 100 columns."""
+    return textwrap.wrap(", ".join(words), 100, initial_indent=f"  {head:<17}", subsequent_indent=" " * 19)
 
 
 @contextmanager
@@ -84,7 +187,7 @@ def job(tree: DictConfig) -> NotDone | None:
 
 def in_sweep(config: Config) -> None:
     """Do a run of a sweep. Raises RunFailed for one that failed."""
-    from dptune.run import run
+    from dptune.runs.run import run
 
     record = run(config, overrides=list(HydraConfig.get().overrides.task))
     if record.status == "failed":
@@ -98,7 +201,7 @@ def why_failed(record: RunRecord, config: Config) -> str:
 
 def one_run(config: Config) -> None:
     """Do a run and print its summary. Raises RunFailed after the record of a failed run is written."""
-    from dptune.run import run, summary
+    from dptune.runs.run import in_one_line, run
 
     with Display() as display:
         record = run(
@@ -110,12 +213,12 @@ def one_run(config: Config) -> None:
     if record.status == "failed":
         raise RunFailed(f"run {record.run_id} failed: {why_failed(record, config)}")
     if os.environ.get("RANK", "0") == "0":
-        print(f"{record.run_id}  {summary(record)}", flush=True)
+        print(f"{record.run_id}  {in_one_line(record)}", flush=True)
 
 
-def status(argv: Sequence[str]) -> None:
+def status(argv: list[str]) -> None:
     """`dptune status [SWEEP] [--watch [SECONDS]] [OVERRIDE ...]`: which runs are done, running, failed or missing."""
-    from dptune import status
+    from dptune.sweeps import status
 
     # As other programs have it, a flag's value may also stand by itself.
     argv = shlex.split(re.sub(r"(^| )--watch ([\d.]+)(?= |$)", r"\1--watch=\2", shlex.join(argv)))
@@ -126,12 +229,12 @@ def status(argv: Sequence[str]) -> None:
         raise ConfigError(f"status {' '.join(names)}: give at most one sweep, and overrides as key=value")
     every = watch_every(flags)
     if names:
-        from dptune.sweep import load
+        from dptune.sweeps.expand import jobs_of_sweep
 
-        jobs = load(names[0], arguments)
+        jobs = jobs_of_sweep(names[0], arguments)
         print(status.of_sweep(names[0], jobs, arguments), flush=True)
         if every is not None:
-            from dptune.watch import look_on
+            from dptune.runs.watch import look_on
 
             with suppress(KeyboardInterrupt):  # How one stops watching is no error.
                 look_on(jobs, every)
@@ -158,6 +261,53 @@ def watch_every(flags: Sequence[str]) -> float | None:
 
 WATCH_EVERY = 2
 """Seconds between two looks, where none are given."""
+
+
+FILTERS = "[SWEEP] [key=value ...]"
+FILTERED = (
+    "Without a sweep all records below compute.output_root=outputs are taken; key=value keeps those whose\n"
+    "config has it.\n"
+)
+VERBS = {
+    "run": Verb(
+        compose_and_run,
+        "[group=choice ...] [key=value ...]",
+        "does one run; `dptune key=value ...` is the same",
+        "The run lands in outputs/<run id>/; a finished one is not done again (compute.force=true does).\n"
+        "--cfg job shows the whole config instead, -m runs a grid: dptune -m privacy.target_epsilon=1,2,4",
+    ),
+    "sweep": Verb(
+        sweep,
+        "NAME [key=value ...]",
+        "does the runs of a sweep that are not done",
+        "dptune sweep NAME is dptune -m sweeps=NAME. hydra/launcher=joblib hydra.launcher.n_jobs=2 does two runs at a\n"
+        "time, hydra/launcher=slurm sends them to a cluster.",
+    ),
+    "status": Verb(
+        status,
+        "[SWEEP] [--watch [SECONDS]] [key=value ...]",
+        "says which runs are done, running, failed or missing",
+        "--watch goes on until all are done, or Ctrl-C.",
+    ),
+    "table": Verb(
+        view("table"),
+        "[SWEEP] [--wide] [key=value ...]",
+        "prints the main table of each sweep",
+        FILTERED + "--wide prints every column, as Markdown.",
+    ),
+    "tables": Verb(
+        view("tables"), FILTERS, "writes all tables as CSV, LaTeX and HTML", FILTERED + "to=FOLDER: where to."
+    ),
+    "figures": Verb(view("figures"), FILTERS, "writes all figures as SVG and PNG", FILTERED + "to=FOLDER: where to."),
+    "claims": Verb(
+        view("claims"), FILTERS, "says what the records say of each claim", FILTERED + "to=FOLDER: where to."
+    ),
+    "report": Verb(view("report"), FILTERS, "writes one self-contained page", FILTERED + "to=FOLDER: where to."),
+    "sync": Verb(
+        sync, FILTERS, "uploads finished records to W&B, each once", FILTERED + "tracking.project=NAME: where to."
+    ),
+}
+"""Every command."""
 
 
 def in_one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -11,19 +12,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dptune.data.batches import Layout, collate, token_log_probabilities
+from dptune.data.batches import InputFormat, collate, token_log_probabilities
 from dptune.data.encoding import Encoded, encode
 from dptune.data.schema import Example
 from dptune.data.templates import prompt_of, response_of
-from dptune.records import Metrics
-from dptune.text_metrics import Written, by_task
+from dptune.records.record import Metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Answer:
     """What the model made of one example."""
 
     task: str
@@ -34,7 +34,7 @@ class Judgement:
     """The input does not occur in the training split; None where that must not be told."""
 
 
-def judged(examples: Sequence[Example], prompts: int | None) -> list[Example]:
+def evaluated_examples(examples: Sequence[Example], prompts: int | None) -> list[Example]:
     """The test records that are judged: those with options, and all that share one of a task's first free prompts.
 
     Args:
@@ -49,18 +49,18 @@ def judged(examples: Sequence[Example], prompts: int | None) -> list[Example]:
 
 
 @torch.no_grad()
-def judge(
+def evaluate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     seen_inputs: Collection[str] | None,
     *,
-    layout: Layout,
+    layout: InputFormat,
     sequence_length: int,
     batch_size: int,
     max_new_tokens: int,
     template: str = "plain",
-) -> tuple[list[Judgement], list[Written]]:
+) -> tuple[list[Answer], list[Written]]:
     """One judgement an example, in their order, and what was written for each prompt of free form.
 
     Args:
@@ -109,7 +109,7 @@ def judge(
         references = tuple(examples[index].output for index in indices)
         written.append(Written(examples[indices[0]].task, output.strip(), references))
     judgements = [
-        Judgement(
+        Answer(
             task=example.task,
             correct=is_correct(answers[index], example),
             loss=losses[index],
@@ -124,7 +124,7 @@ def greedy(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    layout: Layout,
+    layout: InputFormat,
     sequence_length: int,
     batch_size: int,
     max_new_tokens: int,
@@ -176,7 +176,7 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
-def summarise(judgements: Sequence[Judgement], written: Sequence[Written] = ()) -> Metrics:
+def metrics_of(judgements: Sequence[Answer], written: Sequence[Written] = ()) -> Metrics:
     """Macro averages over tasks. Raises ValueError when there is nothing to average."""
     accuracies = _accuracy_by_task(judgements)
     texts = by_task(written)
@@ -199,8 +199,55 @@ def summarise(judgements: Sequence[Judgement], written: Sequence[Written] = ()) 
     )
 
 
-def _accuracy_by_task(judgements: Sequence[Judgement]) -> dict[str, float]:
+def _accuracy_by_task(judgements: Sequence[Answer]) -> dict[str, float]:
     correct: dict[str, list[bool]] = defaultdict(list)
     for item in judgements:
         correct[item.task].append(item.correct)
     return {task: statistics.fmean(correct[task]) for task in sorted(correct)}
+
+
+SHORTEST = 4
+"""Words of the longest reference below which a task has no text metrics: BLEU counts runs of four words."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote for one prompt. Text of the data: it enters no record."""
+
+    task: str
+    output: str
+    references: tuple[str, ...]
+    """The right responses of all test records with this prompt."""
+
+
+def bleu(texts: Sequence[Written]) -> float:
+    """Corpus BLEU in [0, 100] with several references each, case-sensitive, sacreBLEU's "13a" tokens.
+
+    Source: arXiv:1804.08771; higher is better.
+    """
+    import sacrebleu
+
+    # One list for the first references of all texts, one for the second, and so on.
+    streams = list(itertools.zip_longest(*(text.references for text in texts)))
+    return float(sacrebleu.corpus_bleu([text.output for text in texts], streams).score)
+
+
+def rouge_l(texts: Sequence[Written]) -> float:
+    """Mean over texts of the F-measure of ROUGE-L against the nearest reference, in [0, 1], without stemming.
+
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries"; higher is better.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return statistics.fmean(scorer.score_multi(text.references, text.output)["rougeL"].fmeasure for text in texts)
+
+
+def by_task(texts: Sequence[Written]) -> dict[str, tuple[float, float]]:
+    """BLEU and ROUGE-L of each task whose references are not all shorter than `SHORTEST` words."""
+    found = {}
+    for task in sorted({text.task for text in texts}):
+        own = [text for text in texts if text.task == task]
+        if max(len(reference.split()) for text in own for reference in text.references) >= SHORTEST:
+            found[task] = bleu(own), rouge_l(own)
+    return found

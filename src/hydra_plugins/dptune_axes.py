@@ -1,4 +1,4 @@
-"""A Hydra sweeper that joins several small grids; see dptune.sweep. Hydra finds it by its place in `hydra_plugins`."""
+"""A Hydra sweeper that joins several small grids; see dptune.sweeps.expand. Hydra finds it by its place."""
 
 import os
 import sys
@@ -18,19 +18,19 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from dptune.progress import NotDone
-    from dptune.sweep import Job
+    from dptune.sweeps.jobs import Job
+    from dptune.sweeps.progress import NotDone
 
 
 @dataclass
 class AxesSweeperConf:
-    """`common` goes with every run, `axes` are grids that are joined; both in Hydra's sweep syntax.
+    """`params` goes with every run, `axes` are grids that are joined; both in Hydra's sweep syntax.
 
     `include` names sweeps whose runs are done, too.
     """
 
     _target_: str = "hydra_plugins.dptune_axes.AxesSweeper"
-    common: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
     axes: list[Any] = field(default_factory=list)
     include: list[str] = field(default_factory=list)
 
@@ -41,27 +41,35 @@ ConfigStore.instance().store(group="hydra/sweeper", name="axes", node=AxesSweepe
 class AxesSweeper(Sweeper):
     """Checks every run of a sweep, then hands those that are not finished to the launcher."""
 
-    def __init__(self, common: dict[str, Any], axes: Sequence[dict[str, Any]], include: Sequence[str]) -> None:
-        self.common, self.axes, self.include = common, axes, include
-        self.jobs: Callable[[list[str]], list[Job]]
+    def __init__(self, params: dict[str, Any], axes: Sequence[dict[str, Any]], include: Sequence[str]) -> None:
+        self.params, self.axes, self.include = params, axes, include
+        self.expand: Callable[[list[str]], list[Job]]
         self.settings: DictConfig
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`."""
-        from dptune.sweep import jobs_of
+        from dptune.sweeps.expand import jobs_of
 
         self.settings = config.hydra.launcher
-        self.jobs = partial(jobs_of, hydra_context.config_loader, config, self.common, self.axes, self.include)
+        self.expand = partial(jobs_of, hydra_context.config_loader, config, self.params, self.axes, self.include)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def jobs(self, arguments: list[str]) -> list["Job"]:
+        """The runs, by the names that other processes give them, too: their key is kept from now on."""
+        from dptune.identity import keep_local_key
+
+        jobs = self.expand(arguments)
+        late = [keep_local_key(job.config) for job in jobs]
+        return self.expand(arguments) if any(late) else jobs
+
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run what is missing; a run that fails does not stop the others."""
-        from dptune.extras import check_extras
-        from dptune.progress import workers_of
-        from dptune.records import RunFailed
-        from dptune.watch import Watch
+        from dptune.config.extras import check_extras
+        from dptune.records.record import RunFailed
+        from dptune.runs.watch import Watch
+        from dptune.sweeps.progress import workers_of
 
         refuse_torchrun()
         jobs = self.jobs(arguments)
@@ -98,10 +106,10 @@ class AxesSweeper(Sweeper):
         Raises:
             RunFailed: when workers were killed too often.
         """
-        from dptune.records import RunFailed
+        from dptune.records.record import RunFailed
 
         if str(self.settings.get("_target_", "")).endswith("SlurmLauncher"):
-            from dptune.slurm import be_quiet_without_accounting
+            from dptune.sweeps.slurm import be_quiet_without_accounting
 
             be_quiet_without_accounting(say)
         for _ in range(LAUNCHES):
@@ -123,14 +131,14 @@ LAUNCHES = 5
 
 def refuse_torchrun() -> None:
     """Raises ConfigError inside torchrun."""
-    from dptune.config import ConfigError
+    from dptune.config.schema import ConfigError
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("torchrun is for one run; give a sweep a launcher (hydra/launcher=joblib or slurm)")
 
 
 def _is_done(job: "Job") -> bool:
-    from dptune.records import summary
+    from dptune.records.record import run_state
 
-    seen = summary(Path(job.config.compute.output_root) / job.run_id)
+    seen = run_state(Path(job.config.compute.output_root) / job.run_id)
     return seen is not None and seen.status == "done"

@@ -1,4 +1,4 @@
-"""A Hydra sweeper that tries a random, secret number of configs and releases the best; see dptune.search."""
+"""A Hydra sweeper that tries a random, secret number of configs and releases the best; see dptune.runs.search."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class RandomSweeperConf:
     """`prior` lists, in Hydra's sweep syntax, the values of each parameter that a trial draws uniformly."""
 
     _target_: str = "hydra_plugins.dptune_random.RandomSweeper"
-    common: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
     prior: dict[str, Any] = field(default_factory=dict)
     mean: float = 8.0
     """Expected number of trials."""
@@ -34,14 +34,14 @@ ConfigStore.instance().store(group="hydra/sweeper", name="random", node=RandomSw
 class RandomSweeper(AxesSweeper):
     """Checks every config that can be drawn, does the trials, and lets one run out."""
 
-    def __init__(self, common: dict[str, Any], prior: dict[str, Any], mean: float, eta: float) -> None:
-        super().__init__(common, [prior], [])
+    def __init__(self, params: dict[str, Any], prior: dict[str, Any], mean: float, eta: float) -> None:
+        super().__init__(params, [prior], [])
         self.mean, self.eta = mean, eta
         self.launcher_below: Callable[[str], Launcher]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`; trials are silent, so that the task function is not the usual one."""
-        from dptune.search import trial
+        from dptune.runs.search import trial
 
         super().setup(hydra_context=hydra_context, task_function=trial, config=config)
 
@@ -58,8 +58,8 @@ class RandomSweeper(AxesSweeper):
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Do the trials that are missing, then release the best."""
         from dptune.privacy.accounting import rounded_up
-        from dptune.records import RunFailed
-        from dptune.search import trial_is_done
+        from dptune.records.record import RunFailed
+        from dptune.runs.search import trial_is_done
 
         refuse_torchrun()
         search = self.search(arguments)
@@ -89,11 +89,11 @@ class RandomSweeper(AxesSweeper):
         return []
 
     def search(self, arguments: list[str]) -> Any:
-        """The search that some overrides ask for, as a `dptune.search.Search`."""
-        from dptune.config import ConfigError
+        """The search that some overrides ask for, as a `dptune.runs.search.Search`."""
+        from dptune.config.schema import ConfigError
         from dptune.privacy.events import PlanError
         from dptune.privacy.selection import Repetitions
-        from dptune.search import ZERO_SHOT, Search
+        from dptune.runs.search import ZERO_SHOT, Search
 
         try:
             repetitions = Repetitions(self.mean, self.eta)

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dptune.config import AdapterConfig
-from dptune.data.batches import Layout, collate, example_losses
+from dptune.config.schema import AdapterConfig
+from dptune.data.batches import InputFormat, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.privacy.engines import ENGINES
@@ -33,7 +33,7 @@ def step_of(name: str, adapter: str, rows: int, length: int, layers: int) -> Ste
     size = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 9}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, num_key_value_heads=3, tie_word_embeddings=True, **size))
     adapted = adapters.attach(model, AdapterConfig(name=adapter), rank=8, steps=10, seed=0)
-    batch = collate([Encoded(tuple(range(5 + row, 5 + row + length)), 8) for row in range(rows)], Layout(pad=0))
+    batch = collate([Encoded(tuple(range(5 + row, 5 + row + length)), 8) for row in range(rows)], InputFormat(pad=0))
     if name == "plain":
 
         def plain() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory-of", help="internal: do three steps with this engine and print the peak in MB")
+    parser.add_argument("--memory-of", help="internal: do three steps with this engine and print the peak in MiB")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

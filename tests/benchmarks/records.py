@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dptune.records import collect, without_collector
+from dptune.records.frame import collect, without_collector
 from dptune.report.commands import all_tables
 from dptune.report.results import of_records
-from dptune.sweep import ROOT
+from dptune.sweeps.jobs import ROOT
 
 SAMPLE = ROOT / "analysis" / "sample"
 

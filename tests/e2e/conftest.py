@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dptune.config import Config
+from dptune.config.schema import Config
 
 
 @pytest.fixture

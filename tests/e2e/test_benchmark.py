@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dptune import run
-from dptune.config import Config
+from dptune.config.schema import Config
+from dptune.runs import run
 
 
 def test_the_benchmark_has_something_to_learn(tmp_path: Path) -> None:

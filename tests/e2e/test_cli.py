@@ -45,7 +45,7 @@ SMALL = [
         (["status", "smoke", "--wotch"], "the only flag is --watch"),
         (["status", "--watch"], "needs the name of a sweep"),
         (["status", "smoke", "tasks"], "give at most one sweep"),
-        (["-m", "sweeps=environment/nope"], "sweeps=environment/nope does not exist; sweeps can be: allocation, "),
+        (["-m", "sweeps=environment/nope"], "sweeps=environment/nope does not exist; sweeps can be: adapters, "),
     ],
 )
 def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(
@@ -154,3 +154,15 @@ def test_a_sweep_over_processes(model_folder: Path, tmp_path: Path) -> None:
     assert ["left" in line for line in lines] == [True, True, True, False]
     table = dptune("table", "smoke", *arguments, cwd=tmp_path)
     assert "4 of 4 runs done" in table.stdout and "(ceiling)" in table.stdout and "(floor)" in table.stdout
+
+
+def test_a_sweep_on_private_files_names_its_runs_as_its_workers_do(model_folder: Path, tmp_path: Path) -> None:
+    """The key of the names is kept before there are workers: each would make one of its own."""
+    rows = [{"instruction": "team?", "input": f"case {at}", "options": ["a", "b"], "output": "a"} for at in range(200)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["data=files", "data.path=mine.jsonl", *SMALL, "data.train_size=null"]
+    asked = ["-m", "environment.seed=0,1", "model=local", f"model.path={model_folder}", *given]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = subprocess.run([*FRESH, *asked, *launcher], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "[2/2]" in done.stdout, done.stderr
+    assert "2 runs: 2 finished before, 0 to do" in dptune(*asked, cwd=tmp_path).stdout

@@ -12,9 +12,11 @@ from numerics import assert_close_to_largest
 from processes import Started, dptune
 from test_resume import arguments, command, composed, config, folder_of, lines, rows, wait_for, weights
 
-from dptune import records, run
-from dptune.config import Config, run_id
-from dptune.lease import holder
+from dptune.config.schema import Config
+from dptune.identity import run_id
+from dptune.records import record as records
+from dptune.records.lock import holder
+from dptune.runs import run
 
 pytestmark = pytest.mark.numerical
 
@@ -104,7 +106,7 @@ def test_killed_processes_are_gone_on_for_and_share_secure_keys(config: Config, 
 
 def test_a_process_that_dies_ends_the_others_with_its_traceback_in_the_log(config: Config, tmp_path: Path) -> None:
     program = (
-        "import os, sys\nfrom dptune import run\nfrom dptune.cli import main\n"
+        "import os, sys\nfrom dptune.runs import run\nfrom dptune.cli import main\n"
         "if os.environ['RANK'] == '1':\n"
         "    def collate(*_):\n        raise RuntimeError('the second one is ill')\n"
         "    run.make_engine = collate\n"

@@ -12,8 +12,8 @@ from processes import FRESH
 from test_launchers import sweep
 from test_resume import assert_the_same_run, lines, wait_for
 
-from dptune import records
-from dptune.lease import holder
+from dptune.records import frame
+from dptune.records.lock import holder
 
 KILLS = 20
 
@@ -21,13 +21,13 @@ KILLS = 20
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from dptune import preparation, run
+from dptune.runs import run, setup
 from dptune.cli import main
-from dptune.sweep import load
+from dptune.sweeps.expand import jobs_of_sweep
 
 kills, arguments, whole, killed = int(sys.argv[1]), sys.argv[4:], sys.argv[2], sys.argv[3]
-for job in load("smoke", [item for item in arguments if "=" in item and not item.startswith("sweeps=")]):
-    preparation.prepare(job.config, job.run_id)
+for job in jobs_of_sweep("smoke", [item for item in arguments if "=" in item and not item.startswith("sweeps=")]):
+    setup.set_up(job.config, job.run_id)
 
 def start(root):
     if (child := os.fork()) == 0:
@@ -72,7 +72,7 @@ def test_a_sweep_killed_twenty_times_ends_as_if_it_had_not_been(model_folder: Pa
     assert driven.returncode == 0, driven.stderr
     report = json.loads(driven.stdout.splitlines()[-1])
     assert report["kills"] >= KILLS, report
-    found = records.read_all(roots[0])
+    found = frame.read_all(roots[0])
     assert len(found) == 6
     resumed = 0
     for record in found:
@@ -90,10 +90,10 @@ def test_a_killed_worker_does_not_stop_the_sweep(model_folder: Path, tmp_path: P
     command = [*FRESH, *sweep(model_folder, tmp_path / "killed", *more)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: any(lines(path) >= 5 for path in (tmp_path / "killed").glob("*/ledger.jsonl")))
-    workers = [found for path in (tmp_path / "killed").glob("*/.claim.0") if (found := holder(path.parent))]
+    workers = [found for path in (tmp_path / "killed").glob("*/.lock.0") if (found := holder(path.parent))]
     os.kill(workers[0].pid, signal.SIGKILL)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "a worker process was killed" in said
-    for record in records.read_all(tmp_path / "whole"):
+    for record in frame.read_all(tmp_path / "whole"):
         assert_the_same_run(tmp_path / "whole" / record.run_id, tmp_path / "killed" / record.run_id)

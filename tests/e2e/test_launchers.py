@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from processes import Started, dptune
 from test_resume import lines, rows, wait_for
 
-from dptune import records
-from dptune.lease import holder
-from dptune.sweep import ROOT
+from dptune.records import frame
+from dptune.records import record as records
+from dptune.records.lock import holder
+from dptune.sweeps.jobs import ROOT
 
 STEPS = 30
 
@@ -39,7 +40,7 @@ def processes() -> Iterator[list[Started]]:
 
 
 def assert_done_once(root: Path, runs: int) -> None:
-    found = [record for record in records.read_all(root) if record.status == "done"]
+    found = [record for record in frame.read_all(root) if record.status == "done"]
     assert len(found) == runs == len(list(root.glob("*/record.json")))
     for record in found:
         folder = root / record.run_id
@@ -85,14 +86,14 @@ def test_what_is_left_out_is_said(model_folder: Path, tmp_path: Path) -> None:
     """A run that another machine does is no failure of this sweep, and not done."""
     import dataclasses
 
-    from dptune.lease import Holder
-    from dptune.sweep import load
+    from dptune.records.lock import Holder
+    from dptune.sweeps.expand import jobs_of_sweep
 
     command = sweep(model_folder, tmp_path, "environment.seed=0", "privacy=uniform")
-    (job,) = load("smoke", [item for item in command if "=" in item and not item.startswith("sweeps=")])
+    (job,) = jobs_of_sweep("smoke", [item for item in command if "=" in item and not item.startswith("sweeps=")])
     folder = tmp_path / job.run_id
     folder.mkdir()
-    (folder / ".claim.0").write_text(json.dumps(dataclasses.asdict(Holder("node7", 12, "today", "node7 x y", "1"))))
+    (folder / ".lock.0").write_text(json.dumps(dataclasses.asdict(Holder("node7", 12, "today", "node7 x y", "1"))))
     done = dptune(*command)
     assert done.returncode == 0 and "1 runs are being done by other processes" in done.stdout, done.stderr
     assert f"left out: run {job.run_id} is being done by process 12 on node7 since today" in done.stdout

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dptune import run
-from dptune.sweep import ROOT, load
+from dptune.runs import run
+from dptune.sweeps.expand import jobs_of_sweep
+from dptune.sweeps.jobs import ROOT
 
 MODEL = Path(os.environ.get("DPTUNE_MODEL", ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
 DATA = Path(os.environ.get("DPTUNE_DATA", ROOT.parent / "shared" / "data"))
@@ -26,7 +27,7 @@ def test_a_short_private_run_of_a_pretrained_model(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("DPTUNE_DATA", str(DATA))
     short = ["hyperparameter.steps=4", "hyperparameter.expected_batch_size=32", "data.test_size=40"]
     places = [f"compute.output_root={tmp_path}", f"compute.cache_dir={ROOT / '.cache'}"]
-    config = load("real/sst2", [*short, *places])[0].config
+    config = jobs_of_sweep("real/sst2", [*short, *places])[0].config
     record = run.run(config)
     assert record.status == "done" and record.metrics is not None and record.privacy is not None, record.error
     assert record.metrics.n == 40 and record.zero_shot is not None and 0.3 <= record.zero_shot.accuracy <= 0.8

@@ -16,10 +16,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from processes import Started, dptune
 
-from dptune import preparation, records, run, tracking
-from dptune.config import Config, run_id, strict
-from dptune.lease import holder
-from dptune.sweep import ROOT, without_hydra
+from dptune.config.checks import strict
+from dptune.config.schema import Config
+from dptune.identity import run_id
+from dptune.records import mirror as tracking
+from dptune.records import record as records
+from dptune.records.lock import holder
+from dptune.runs import run
+from dptune.runs import setup as preparation
+from dptune.sweeps.expand import without_hydra
+from dptune.sweeps.jobs import ROOT
 from dptune.training import checkpoint
 
 pytestmark = pytest.mark.numerical

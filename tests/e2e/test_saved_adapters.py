@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dptune import run
-from dptune.config import Config
-from dptune.data.sources import load
+from dptune.config.adapters import ADAPTERS
+from dptune.config.schema import Config
+from dptune.data.sources import load_dataset
 from dptune.models import adapters
+from dptune.runs import run
 
 pytestmark = pytest.mark.numerical
 
@@ -32,8 +33,8 @@ tokenizer = AutoTokenizer.from_pretrained(backbone)
 def opened(kind, folder, ours):
     model = AutoModelForCausalLM.from_pretrained(backbone)
     if ours:
-        from dptune.models.adapters import load
-        return load(model, Path(folder))
+        from dptune.models.adapters import load_adapter
+        return load_adapter(model, Path(folder))
     assert not any(name.split(".")[0] == "dptune" for name in sys.modules)
     return PeftModel.from_pretrained(model, folder)
 
@@ -58,7 +59,7 @@ print(json.dumps(result))
 def test_a_fresh_process_gets_the_recorded_accuracy(config: Config, model_folder: Path) -> None:
     records = {}
     config.data.test_size = 16  # every option of each is scored by itself, for every kind
-    for kind in sorted(adapters.KINDS, key=OURS.__contains__):  # what needs no dptune first
+    for kind in sorted(ADAPTERS, key=OURS.__contains__):  # what needs no dptune first
         config.adapter.name, config.adapter.virtual_tokens = kind, 3
         # A strong update, so that the adapter decides the answers.
         config.hyperparameter.learning_rate, config.hyperparameter.max_grad_norm = 0.1, 1.0
@@ -73,7 +74,7 @@ def test_a_fresh_process_gets_the_recorded_accuracy(config: Config, model_folder
     folders = [(kind, str(root / record.run_id / "adapter"), kind in OURS) for kind, record in records.items()]
     examples = [
         (item.task, item.instruction, item.input, item.options, item.output)
-        for item in load(config).test
+        for item in load_dataset(config).test
         if item.options
     ]
     found = subprocess.run(

@@ -15,19 +15,24 @@ from processes import Started, dptune
 from test_launchers import sweep
 from test_resume import lines, wait_for
 
-from dptune import records, run, status
-from dptune.config import Config, ConfigError, run_id, strict
-from dptune.guarantee import make_plan
-from dptune.preparation import data_of
+from dptune.config.checks import strict
+from dptune.config.schema import Config, ConfigError
+from dptune.identity import run_id
 from dptune.privacy.accounting import epsilon
 from dptune.privacy.events import Event
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
-from dptune.records import RunFailed, RunRecord
-from dptune.report.procedure import procedures
-from dptune.report.results import load as results
-from dptune.search import DRAW_FILE, SECRET_FOLDER, Search, trial_is_done
-from dptune.sweep import ROOT, Job, load
+from dptune.records import frame
+from dptune.records.record import RunFailed, RunRecord
+from dptune.report.composition import compositions
+from dptune.report.results import load_results as results
+from dptune.runs import run
+from dptune.runs.privacy import make_plan
+from dptune.runs.search import DRAW_FILE, SECRET_FOLDER, Search, trial_is_done
+from dptune.runs.setup import data_of
+from dptune.sweeps import status
+from dptune.sweeps.expand import jobs_of_sweep
+from dptune.sweeps.jobs import ROOT, Job
 
 pytestmark = pytest.mark.numerical
 
@@ -63,7 +68,7 @@ def tried(search: Search) -> list[RunRecord]:
 def released(search: Search) -> RunRecord:
     """Finish the search."""
     assert search.release() is not None
-    (record,) = records.read_all(search.root)
+    (record,) = frame.read_all(search.root)
     assert record.run_id == search.released.run_id == search.folder.name
     return record
 
@@ -103,12 +108,12 @@ def test_the_record_says_what_the_search_cost(config: Config) -> None:
     assert stated["candidates"] == [[vars(event) for event in trained], [vars(event) for event in score]]
     curve = Repetitions(3.0, math.inf).renyi_curve(renyi_curve(trained))  # the larger one at every order
     assert stated["epsilon"] == optimum(curve, 1e-5)[0] > record.privacy.epsilon == epsilon(trained, 1e-5)
-    (procedure,) = procedures(results(search.root).runs)
+    (procedure,) = compositions(results(search.root).runs)
     assert procedure.epsilon == pytest.approx(stated["epsilon"])
 
 
 def test_the_sweep_file_costs_what_it_says() -> None:
-    (job,) = load("tune")
+    (job,) = jobs_of_sweep("tune")
     plan = make_plan(job.config, data_of(job.config))
     noise = job.config.privacy.score_noise_multiplier
     assert noise is not None
@@ -155,7 +160,7 @@ def test_without_any_trial_the_backbone_is_released(config: Config) -> None:
     assert record.metrics == record.zero_shot and record.privacy is not None
     assert record.privacy.steps == 0 and record.privacy.score is None
     assert record.provenance["repetitions"]["epsilon"] == search.epsilon
-    (procedure,) = procedures(results(search.root).runs)
+    (procedure,) = compositions(results(search.root).runs)
     assert procedure.epsilon == pytest.approx(search.epsilon)
 
 
@@ -254,14 +259,14 @@ def test_the_score_counts_right_answers_on_the_validation_split(
 
     monkeypatch.setattr(run, "noisy_score", exact)
     judged: list[list[object]] = []
-    judge = run.evaluation.judge
+    judge = run.evaluation.evaluate
 
     def spy(*arguments: Any, **named: Any) -> Any:
         found = judge(*arguments, **named)
         judged.append([arguments, named, found])
         return found
 
-    monkeypatch.setattr(run.evaluation, "judge", spy)
+    monkeypatch.setattr(run.evaluation, "evaluate", spy)
     scored = with_values(config, privacy={"score_noise_multiplier": 2.0}, hyperparameter={"learning_rate": 0.3})
     record = run.run(scored)
     data = data_of(scored)
@@ -293,7 +298,7 @@ def test_an_interrupted_search_goes_on_to_the_same_result_and_is_done_once(model
         root = tmp_path / name
         command = sweep(model_folder, root, "hydra.sweeper.mean=2", "compute.checkpoint_every=1")
         command[command.index("sweeps=smoke")] = "sweeps=tune"
-        (job,) = load("tune", command[2:])
+        (job,) = jobs_of_sweep("tune", command[2:])
         secret = root / SECRET_FOLDER / job.run_id
         secret.mkdir(parents=True)
         drawn = {"begun": "2026-01-01T00:00:00+00:00", "candidates": [3, 7], "seeds": [21, 22]}

@@ -12,18 +12,18 @@ from scipy import integrate, stats
 
 from dptune.privacy import accounting
 from dptune.privacy.accounting import (
-    BudgetExhausted,
+    ACCOUNTANTS,
+    REFERENCE,
     CalibrationError,
     Event,
-    NoiseFloor,
-    RenyiFilter,
-    privacy_filter,
+    epsilon_text,
+    rounded_up,
     side_by_side,
 )
 from dptune.privacy.estimates import epsilon_edgeworth
 from dptune.privacy.events import merge
 from dptune.privacy.pld import compose, interval
-from dptune.privacy.renyi import epsilon_at, epsilon_rdp, optimum, renyi_curve, renyi_divergence
+from dptune.privacy.renyi import epsilon_rdp, renyi_divergence
 
 EVENT = Event(1.0, 0.0256, 200)
 DELTA = 1e-5
@@ -131,13 +131,6 @@ def test_renyi_is_a_looser_bound_than_the_reference() -> None:
         assert accounting.epsilon([event], DELTA) < epsilon_rdp([event], DELTA)
 
 
-def test_group_mixture_beats_generic_group_privacy() -> None:
-    mixture = accounting.epsilon([Event(1.0, 0.0256, 200, 2)], DELTA)
-    generic = accounting.epsilon_group_privacy([EVENT], DELTA, 2)
-    assert mixture < generic == pytest.approx(5.888, abs=5e-3)
-    assert accounting.epsilon_group_privacy([EVENT], DELTA, 8) == math.inf
-
-
 def test_membership_ceiling_is_between_guessing_and_certainty() -> None:
     found = accounting.membership_ceiling([EVENT], 0.01)
     assert 0.01 < found.true_positive_rate < 0.01 + found.advantage
@@ -212,57 +205,6 @@ def test_meaningless_target_is_refused(target: float) -> None:
         accounting.calibrate(lambda s: [Event(s, 0.0256, 200)], target, DELTA)
 
 
-def test_renyi_filter_takes_the_order_of_the_nominal_plan() -> None:
-    nominal = [Event(0.9687, 0.0256, 200)]
-    found = privacy_filter("renyi", nominal, 3.0, DELTA)
-    assert found.order == optimum(renyi_curve(nominal), DELTA)[1] == 5.6
-    # What the filter may spend converts to exactly the target.
-    assert epsilon_at(found.budget, found.order, DELTA) == pytest.approx(3.0)
-
-
-def test_renyi_filter_stops_before_its_budget_is_exceeded() -> None:
-    found = RenyiFilter(5.6, 3.0, DELTA)
-    event, steps = Event(0.8, 0.0256), 0
-    while found.steps_left(event):
-        found, steps = found.charge(event), steps + 1
-    assert steps == 7 and found.spent <= found.budget
-    with pytest.raises(BudgetExhausted, match="budget"):
-        found.charge(event)
-
-
-def test_renyi_filter_raises_the_noise_to_the_smallest_that_fits() -> None:
-    found = RenyiFilter(5.6, 3.0, DELTA).charge(Event(0.8, 0.0256, 7))
-    fitted = found.raise_to_fit(Event(0.8, 0.0256))
-    found.charge(fitted)
-    with pytest.raises(BudgetExhausted):
-        found.charge(Event(fitted.noise_multiplier - 1e-4, 0.0256))
-    assert found.raise_to_fit(Event(2.0, 0.0256)) == Event(2.0, 0.0256)
-    with pytest.raises(BudgetExhausted, match="stop"):
-        RenyiFilter(5.6, 3.0, DELTA, spent=found.budget).raise_to_fit(Event(0.8, 0.0256))
-
-
-@pytest.mark.parametrize(("order", "epsilon", "spent"), [(1.0, 3.0, 0.0), (5.6, 0.1, 0.0), (5.6, 3.0, 9.0)])
-def test_impossible_filters_are_refused(order: float, epsilon: float, spent: float) -> None:
-    with pytest.raises(ValueError):
-        RenyiFilter(order, epsilon, DELTA, spent)
-
-
-@pytest.mark.parametrize("rule", ["pld", "prv", "naive"])
-def test_composing_realised_noise_is_no_filter(rule: str) -> None:
-    with pytest.raises(ValueError, match="does not bound delta"):
-        privacy_filter(rule, [EVENT], 3.0, DELTA)  # type: ignore[arg-type]
-
-
-def test_noise_floor() -> None:
-    floor = NoiseFloor((1.0, 0.8))
-    floor.check(0, 1.0)
-    floor.check(1, 0.9)
-    with pytest.raises(BudgetExhausted, match="below its floor"):
-        floor.check(0, 0.99)
-    with pytest.raises(BudgetExhausted, match="beyond"):
-        floor.check(2, 1.0)
-
-
 def test_simulated_transcripts_stay_below_the_reference() -> None:
     """Both directions of delta(1), from sampled privacy losses of 20 steps."""
     rng, q, steps = np.random.default_rng(0), 0.1, 20
@@ -282,10 +224,13 @@ def test_simulated_transcripts_stay_below_the_reference() -> None:
 
 
 def test_epsilon_for_people_is_rounded_up() -> None:
-    from dptune.privacy.accounting import rounded_up
-
     assert rounded_up(2.3839) == 2.384 and rounded_up(2.3841) == 2.385
     assert rounded_up(math.inf) == math.inf
+    assert (epsilon_text(0.49991), epsilon_text(math.inf)) == ("0.500", "inf")
+
+
+def test_the_reference_is_what_calibration_and_plans_use() -> None:
+    assert ACCOUNTANTS[REFERENCE].epsilon is accounting.epsilon and ACCOUNTANTS[REFERENCE].kind == "bound"
 
 
 def test_a_delta_that_rounding_could_hide_is_refused() -> None:

@@ -14,15 +14,13 @@ from dptune.privacy.accounting import Event, delta
 from dptune.privacy.allocation import (
     AllocationState,
     Group,
+    PrecisionBudget,
     PrecisionError,
-    PrecisionLedger,
     PrecisionRow,
     clamp_weights,
     debiased_energy,
     joint_thresholds,
-    lora_gauge,
     lora_group_weights,
-    lora_weights,
     mean_of_quantile,
     noise_stds,
     share_std,
@@ -39,7 +37,7 @@ RULES = ("uniform", "equal_budget", "min_energy", "equal_snr")
 
 def ledger(sensitivities, stds):
     rows = zip(sensitivities, stds, strict=True)
-    return PrecisionLedger(tuple(PrecisionRow(f"row {i}", *map(float, row)) for i, row in enumerate(rows)))
+    return PrecisionBudget(tuple(PrecisionRow(f"row {i}", *map(float, row)) for i, row in enumerate(rows)))
 
 
 def numbers(low, high):
@@ -201,7 +199,9 @@ def test_mean_of_an_exponential_from_its_quantile():
 def test_lora_weights_minimise_noise_in_weight_space():
     inputs, expected = VECTORS["grp-lora-ws"]["inputs"], VECTORS["grp-lora-ws"]["expected"]
     rank, dims = inputs["r"], [inputs["di"] * inputs["r"], inputs["do"] * inputs["r"]]
-    weights = lora_weights(inputs["normA2"], inputs["normB2"], rank)
+    shapes = {"lora_A": (rank, inputs["di"]), "lora_B": (inputs["do"], rank)}
+    factors = [Group(name, (name,), math.prod(shape), (shape,)) for name, shape in shapes.items()]
+    weights = list(lora_group_weights(factors, {"lora_A": inputs["normA2"], "lora_B": inputs["normB2"]}).values())
     stds = noise_stds("lora_weight_space", [1.0, 1.0], dims, weights, 1.0)
     assert stds == pytest.approx([expected["s_A"], expected["s_B"]], rel=1e-6)
     assert np.sum(np.multiply(weights, dims) * stds**2) == pytest.approx(expected["E"], rel=1e-6)
@@ -217,15 +217,6 @@ def test_weights_of_groups_of_lora_factors():
     assert lora_group_weights(together, norms) == pytest.approx({"q": mean, "bias": 1.0})
     with pytest.raises(ValueError, match=r"norm of q.lora_A.default.weight"):
         lora_group_weights(separate[1:], {b: 5.0})
-
-
-def test_the_gauge_minimises_the_first_order_noise():
-    inputs = VECTORS["proj-gauge"]["inputs"]
-    a, b, d_in, d_out = (inputs[key] for key in ("normA2", "normB2", "di", "do"))
-    c = lora_gauge(a, b, d_in, d_out)
-    assert c**2 == pytest.approx(VECTORS["proj-gauge"]["expected"], rel=1e-9)
-    noise = [d_out * a * x**2 + d_in * b / x**2 for x in (0.99 * c, c, 1.01 * c)]
-    assert noise[1] == min(noise)
 
 
 def test_weights_are_clamped_to_the_floor():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_close_to_largest
 
-from dptune.privacy.allocation import Group, PrecisionLedger, noise_stds
+from dptune.privacy.allocation import Group, PrecisionBudget, noise_stds
 from dptune.privacy.clipping import (
     MARGIN,
     ClippedSum,
@@ -100,7 +100,7 @@ def test_golden_group_clip():
 def test_golden_scaled_flat_clip():
     vector = VECTORS["golden-clip"]
     stds, expected = np.array(vector["inputs"]["s"], float), vector["expected"]
-    ledger = PrecisionLedger(Sensitivity(tuple(map(float, vector["inputs"]["C"])), joint=False).rows(stds))
+    ledger = PrecisionBudget(Sensitivity(tuple(map(float, vector["inputs"]["C"])), joint=False).rows(stds))
     sigma = ledger.effective_noise_multiplier
     assert sigma == pytest.approx(expected["sigma_eff"], rel=1e-6)
     clipped = golden(vector, "scaled_flat", stds / sigma)
@@ -158,7 +158,7 @@ def test_removing_one_record_moves_the_sum_by_at_most_its_bound(problem, kind, a
     rule = rule_of(kind, thresholds, stds / sigma, stability)
     whole = clip_and_sum(gradients_of(rows, groups), groups, rule)
     rest = clip_and_sum(gradients_of(rows[1:], groups), groups, rule)
-    assert PrecisionLedger(whole.sensitivity.rows(stds)).check(sigma) == pytest.approx(sigma, rel=1e-9)
+    assert PrecisionBudget(whole.sensitivity.rows(stds)).check(sigma) == pytest.approx(sigma, rel=1e-9)
     moved = (whole.values - rest.values).numpy() / np.repeat(stds, [g.dimension for g in groups])
     rounding = 1e-12 * (1.0 + len(rows)) / sigma
     assert np.linalg.norm(moved) <= MARGIN / sigma + rounding
@@ -322,11 +322,11 @@ def test_a_wrong_clip_factor_is_caught(monkeypatch):
 
 def test_the_bound_meets_the_noise_in_the_ledger():
     box, ellipsoid = Sensitivity((3.0, 4.0), joint=False), Sensitivity((3.0, 4.0), joint=True)
-    assert PrecisionLedger(box.rows([3.0, 4.0])).effective_noise_multiplier == pytest.approx(1 / math.sqrt(2))
-    assert PrecisionLedger(ellipsoid.rows([3.0, 4.0])).effective_noise_multiplier == pytest.approx(1.0)
-    assert PrecisionLedger(ellipsoid.rows([3.0, 2.0])).effective_noise_multiplier == pytest.approx(0.5)
+    assert PrecisionBudget(box.rows([3.0, 4.0])).effective_noise_multiplier == pytest.approx(1 / math.sqrt(2))
+    assert PrecisionBudget(ellipsoid.rows([3.0, 4.0])).effective_noise_multiplier == pytest.approx(1.0)
+    assert PrecisionBudget(ellipsoid.rows([3.0, 2.0])).effective_noise_multiplier == pytest.approx(0.5)
     for bound in (box, ellipsoid):
-        assert PrecisionLedger(bound.rows([3.0, 0.0])).effective_noise_multiplier == 0.0
+        assert PrecisionBudget(bound.rows([3.0, 0.0])).effective_noise_multiplier == 0.0
 
 
 def test_sums_with_different_bounds_do_not_add():

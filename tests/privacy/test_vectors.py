@@ -15,12 +15,11 @@ from scipy import fft, special
 
 from dptune.privacy import accounting, allocation, audit, selection, subspace
 from dptune.privacy.accounting import Event
-from dptune.privacy.allocation import PrecisionLedger, PrecisionRow
+from dptune.privacy.allocation import Group, PrecisionBudget, PrecisionRow
 from dptune.privacy.clipping import MARGIN, ClipRule
 from dptune.privacy.estimates import epsilon_edgeworth, epsilon_gdp_clt, gaussian_epsilon, gdp_clt_mu
-from dptune.privacy.filters import RenyiFilter
 from dptune.privacy.renyi import epsilon_rdp, renyi_divergence
-from dptune.privacy.schedules import Schedule, lambert_noise_multipliers
+from dptune.privacy.schedules import Schedule
 
 pytestmark = pytest.mark.numerical
 
@@ -30,8 +29,11 @@ VECTORS: list[Vector] = json.loads((Path(__file__).parent / "vectors.json").read
 
 ELSEWHERE = {
     "acc-trunc": "dptune never truncates a Poisson batch: memory limits are met by gradient accumulation",
+    "flt-rdp": "dptune executes public schedules only; noise chosen while training has no accountant here",
     "num-dg": "dptune releases continuous Gaussian noise; the discrete Gaussian is not shipped",
     "proj-bilinear": "dptune weighs LoRA noise to first order; the vector's random factors are not recorded",
+    "proj-gauge": "dptune does not rescale the factors of LoRA against each other",
+    "sch-lambert": "no schedule is the optimum of a budget that is only an estimate",
     "loss-": "the loss of an example belongs to training: tests/unit/test_encoding.py checks these",
 }
 """Vectors of quantities that this package does not compute: prefix of the id and reason."""
@@ -173,33 +175,6 @@ def schedule_calibration(v: Vector) -> None:
     assert (sigma**2 * factors**2).sum() == pytest.approx(expected["sum_sigma2"], rel=1e-3)
 
 
-def lambert(v: Vector) -> None:
-    i, expected = v["inputs"], v["expected"]
-    influence = i["decay"] ** np.arange(i["T"] - 1.0, -1.0, -1.0)
-    sigmas = lambert_noise_multipliers(influence, i["budget_K"])
-    assert np.expm1(1 / sigmas**2).sum() == pytest.approx(i["budget_K"])
-    near(v, sigmas[0], expected["s_first"])
-    near(v, sigmas[i["T"] // 2], expected["s_mid"])
-    near(v, sigmas[-1], expected["s_last"])
-    near(v, influence @ sigmas**2, expected["obj"])
-    blocks = [float(part.mean()) for part in np.array_split(sigmas, 20)]
-
-    def spent(scale: float) -> float:
-        return accounting.epsilon([Event(scale * sigma, 0.0256, 10) for sigma in blocks], 1e-5)
-
-    near(v, spent(1.0), expected["block_eps"])
-    assert spent(expected["scale"]) == pytest.approx(3.0, abs=5e-3)
-
-
-def renyi_filter(v: Vector) -> None:
-    i = v["inputs"]
-    found = RenyiFilter(i["alpha"], i["eps"], i["delta"])
-    near(v, found.budget, v["expected"]["B"])
-    for sigma, rho in v["expected"]["rho"].items():
-        near_from_below(v, found.cost(Event(float(sigma), i["q"])), rho)
-        assert found.steps_left(Event(float(sigma), i["q"])) == v["expected"]["max_steps"][sigma]
-
-
 def losses_rounded_down(sigma: float, q: float, count: int, h: float) -> tuple[np.ndarray, np.ndarray]:
     """Grid and mass of the composed loss under P (remove direction), every loss rounded down to the grid."""
 
@@ -250,7 +225,7 @@ def all_runs(v: Vector) -> None:
     runs = [event(i)] * i["runs"]
     near(v, selection.epsilon_all(runs, i["delta"]), v["expected"]["pld"])
     near_from_below(v, epsilon_rdp([e for run in runs for e in run], i["delta"]), v["expected"]["rdp"])
-    near(v, selection.epsilon_basic(runs, i["delta"]), v["expected"]["basic"])
+    near(v, sum(accounting.epsilon(run, i["delta"] / len(runs)) for run in runs), v["expected"]["basic"])
 
 
 def repetitions(v: Vector) -> None:
@@ -267,7 +242,7 @@ def noise_allocation(v: Vector) -> None:
         near(v, value, target)
     near(v, float(np.dot(i["w"], np.array(i["d"]) * stds**2)), expected["energy"])
     rows = tuple(PrecisionRow(str(g), c, s) for g, (c, s) in enumerate(zip(i["C"], stds, strict=True)))
-    near(v, PrecisionLedger(rows).effective_noise_multiplier, expected["sigma_eff"])
+    near(v, PrecisionBudget(rows).effective_noise_multiplier, expected["sigma_eff"])
 
 
 def joint_thresholds(v: Vector) -> None:
@@ -284,7 +259,11 @@ def joint_thresholds(v: Vector) -> None:
 
 def lora_weight_space(v: Vector) -> None:
     i, expected = v["inputs"], v["expected"]
-    weights = allocation.lora_weights(i["normA2"], i["normB2"], i["r"])
+    factors = [
+        Group("A", ("lora_A",), i["r"] * i["di"], ((i["r"], i["di"]),)),
+        Group("B", ("lora_B",), i["do"] * i["r"], ((i["do"], i["r"]),)),
+    ]
+    weights = list(allocation.lora_group_weights(factors, {"lora_A": i["normA2"], "lora_B": i["normB2"]}).values())
     dimensions = (i["di"] * i["r"], i["do"] * i["r"])
     for rule, total in (("min_energy", "E"), ("uniform", "E_uniform")):
         stds = allocation.noise_stds(rule, (i["C_A"], i["C_B"]), dimensions, weights, i["sigma"])
@@ -300,12 +279,12 @@ def shares(v: Vector) -> None:
     for value, target in zip(stds, v["expected"]["s"], strict=True):
         near(v, value, target)
     rows = [PrecisionRow(str(n), row["Delta"], s) for n, (row, s) in enumerate(zip(i["rows"], stds, strict=True))]
-    near(v, PrecisionLedger(tuple(rows)).effective_noise_multiplier, v["expected"]["sigma_eff"])
+    near(v, PrecisionBudget(tuple(rows)).effective_noise_multiplier, v["expected"]["sigma_eff"])
 
 
 def bits_of_noise(v: Vector) -> None:
     i = v["inputs"]
-    bits = PrecisionLedger(tuple(PrecisionRow(str(g), 0.5, i["sigma_b"]) for g in range(i["G"])))
+    bits = PrecisionBudget(tuple(PrecisionRow(str(g), 0.5, i["sigma_b"]) for g in range(i["G"])))
     near(v, bits.remaining(i["z"]), v["expected"])
 
 
@@ -313,7 +292,7 @@ def bits_of_share(v: Vector) -> None:
     i = v["inputs"]
     std = allocation.share_std(i["z"], 0.5, i["phi"] / i["G"])
     near(v, std, v["expected"]["sigma_b"])
-    bits = PrecisionLedger(tuple(PrecisionRow(str(g), 0.5, std) for g in range(i["G"])))
+    bits = PrecisionBudget(tuple(PrecisionRow(str(g), 0.5, std) for g in range(i["G"])))
     near(v, bits.remaining(i["z"]), v["expected"]["z_delta"])
 
 
@@ -346,15 +325,10 @@ def clip_groups(v: Vector) -> None:
 def clip_scaled_flat(v: Vector) -> None:
     i, expected = v["inputs"], v["expected"]
     rows = tuple(PrecisionRow(str(g), c, s) for g, (c, s) in enumerate(zip(i["C"], i["s"], strict=True)))
-    sigma = PrecisionLedger(rows).effective_noise_multiplier
+    sigma = PrecisionBudget(rows).effective_noise_multiplier
     near(v, sigma, expected["sigma_eff"])
     rule = ClipRule("scaled_flat", tuple(i["C"]), tuple(i["C"]), tuple(s / sigma for s in i["s"]), 0.0)
     assert_parts(v, clipped(rule, i["u"]), expected["out"])
-
-
-def gauge(v: Vector) -> None:
-    i = v["inputs"]
-    near(v, allocation.lora_gauge(i["normA2"], i["normB2"], i["di"], i["do"]) ** 2, v["expected"])
 
 
 def singular_value(v: Vector) -> None:
@@ -418,7 +392,6 @@ CHECKS: dict[str, Callable[[Vector], None]] = {
     "clip-psac": clip_automatic,
     "edge": edgeworth,
     "flt-counter": naive_filter,
-    "flt-rdp": renyi_filter,
     "ftrl": correlated,
     "golden-clip": clip_scaled_flat,
     "golden-clip-m1": clip_groups,
@@ -433,10 +406,8 @@ CHECKS: dict[str, Callable[[Vector], None]] = {
     "post-debias": energy,
     "post-ema": ema_variance,
     "post-gd": singular_value,
-    "proj-gauge": gauge,
     "rdp-int": one_step_rdp,
     "sch-cal": schedule_calibration,
-    "sch-lambert": lambert,
     "sch-own": bracket,
     "sch-pld": pld,
     "sch-prv": prv,

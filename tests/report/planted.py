@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dptune.config import Config, run_id
+from dptune.config.schema import Config
+from dptune.identity import run_id
 from dptune.privacy.plan import PrivacyPlan
-from dptune.records import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RunRecord
+from dptune.records.record import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RunRecord
 
 PLAN = PrivacyPlan(
     num_units=512,

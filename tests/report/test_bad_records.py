@@ -6,7 +6,7 @@ import pytest
 from report.planted import config, plant
 
 from dptune.cli import main
-from dptune.records import collect
+from dptune.records.frame import collect
 
 
 def corrupt(root: Path, change) -> Path:
@@ -92,7 +92,7 @@ def test_filters_choose_runs_or_name_what_they_cannot_find(tmp_path: Path, capsy
 
 def test_many_records_are_read_and_shown(tmp_path: Path) -> None:
     """Thousands of settings stay one row each, with the seeds of each together."""
-    from dptune.records import RunRecord
+    from dptune.records.record import RunRecord
     from dptune.report.results import of_records
     from dptune.report.tables import main_table
 

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 from report.planted import compare, config, plant
 
-from dptune.records import read
+from dptune.records.record import read
 from dptune.report.claims import claims, claims_table
-from dptune.report.results import load
+from dptune.report.results import load_results
 
 
 def verdicts(root: Path) -> dict[int, str]:
-    return {claim.number: claim.verdict for claim in claims(load(root))}
+    return {claim.number: claim.verdict for claim in claims(load_results(root))}
 
 
 def test_a_better_method_is_supported(tmp_path: Path) -> None:
     compare(tmp_path, gain=0.1)
-    found = {claim.number: claim for claim in claims(load(tmp_path))}
+    found = {claim.number: claim for claim in claims(load_results(tmp_path))}
     assert found[1].verdict == "supported"
     # The gain is 0.1 on both tasks and 0.025 more on task a for every second seed.
     assert found[1].contrast is not None and found[1].contrast.effect.mean == pytest.approx(0.1 + 0.025 / 4)
@@ -26,7 +26,7 @@ def test_a_better_method_is_supported(tmp_path: Path) -> None:
 
 def test_a_worse_method_fails(tmp_path: Path) -> None:
     compare(tmp_path, gain=-0.1)
-    found = {claim.number: claim for claim in claims(load(tmp_path))}
+    found = {claim.number: claim for claim in claims(load_results(tmp_path))}
     for number in (1, 2, 3):
         assert found[number].verdict == "not supported", found[number].reason
     assert "contradict" in found[1].reason
@@ -41,7 +41,7 @@ def test_without_the_method_or_without_records_nothing_is_decided(tmp_path: Path
     assert set(verdicts(tmp_path).values()) == {"undecided"}
     for seed in range(4):
         plant(tmp_path, config("uniform", seed), 0.5, 0.5)
-    assert all(claim.verdict == "undecided" and claim.decide for claim in claims(load(tmp_path)))
+    assert all(claim.verdict == "undecided" and claim.decide for claim in claims(load_results(tmp_path)))
 
 
 def test_the_strongest_baseline_counts(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_strongest_baseline_counts(tmp_path: Path) -> None:
     for seed in range(6):
         for epsilon in (1.0, 8.0):
             plant(tmp_path, config("scheduled", seed, epsilon), 0.9, 0.9)
-    (first, *_) = claims(load(tmp_path))
+    (first, *_) = claims(load_results(tmp_path))
     assert first.verdict == "not supported" and first.contrast is not None
     assert first.contrast.baseline == "lora + scheduled" and len(first.contrasts) == 2
 
@@ -96,7 +96,7 @@ def test_stable_but_bad_is_not_supported(tmp_path: Path) -> None:
             wide = 0.2 * at + 0.05 * (seed % 2) * at
             plant(tmp_path, config("uniform", seed, hyperparameter__learning_rate=rate), 0.9 - wide, 0.9 - wide)
             plant(tmp_path, config("adaptive", seed, hyperparameter__learning_rate=rate), 0.2, 0.2)
-    (claim,) = (item for item in claims(load(tmp_path)) if item.number == 4)
+    (claim,) = (item for item in claims(load_results(tmp_path)) if item.number == 4)
     assert claim.verdict == "undecided" and "lower" in claim.reason
 
 
@@ -123,9 +123,9 @@ def test_failed_runs_are_no_evidence(tmp_path: Path) -> None:
 
 def test_the_table_of_claims_names_every_run(tmp_path: Path) -> None:
     compare(tmp_path, gain=0.1)
-    found = claims(load(tmp_path))
+    found = claims(load_results(tmp_path))
     table = claims_table(found)
     assert len(table.rows) == 7
     assert table.rows[0]["runs"].run_ids == found[0].contrast.run_ids  # type: ignore[union-attr]
     shutil.rmtree(tmp_path / found[0].contrast.run_ids[0])  # type: ignore[union-attr]
-    assert claims(load(tmp_path))[0].contrast != found[0].contrast
+    assert claims(load_results(tmp_path))[0].contrast != found[0].contrast

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from report.planted import compare, config, plant
 
-from dptune.report.results import Results, load
+from dptune.report.results import Results, load_results
 
 pytest.importorskip("altair", reason="make setup EXTRAS=report, or make test")
 
@@ -20,7 +20,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for seed in range(3):
         for rate in (0.01, 0.04):
             plant(root, config("uniform", seed, hyperparameter__learning_rate=rate), 0.5, 0.5)
-    return load(root)
+    return load_results(root)
 
 
 def axes(spec: Any) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def test_axes_say_what_they_show_and_are_not_cut(results: Results, name: str) ->
         if scale.get("type") == "log":
             assert "log scale" in axis["title"]
         if axis.get("field") == "value" and name == "cost":
-            assert axis["title"].endswith((", s", ", MB")) and scale.get("zero", True)
+            assert axis["title"].endswith((", s", ", MiB")) and scale.get("zero", True)
 
 
 def test_a_line_joins_settings_that_differ_in_epsilon_only(results: Results) -> None:
@@ -90,7 +90,7 @@ def test_a_method_looks_the_same_in_every_figure(tmp_path: Path, channel: str) -
     for seed in range(2):
         plant(tmp_path, config("none", seed), 0.9, 0.9)
     found: dict[str, set[str]] = {}
-    figures = [chart.to_dict() for chart in all_figures(load(tmp_path)).values()]
+    figures = [chart.to_dict() for chart in all_figures(load_results(tmp_path)).values()]
     for scale in (scale for spec in figures for scale in scales(spec, channel)):
         for method, look in zip(scale["domain"], scale["range"], strict=True):
             found.setdefault(method, set()).add(str(look))
@@ -106,10 +106,13 @@ def test_a_legend_names_the_methods(results: Results, name: str, tmp_path: Path)
 
 def test_figures_without_their_runs_are_left_out(tmp_path: Path) -> None:
     plant(tmp_path, config("none"), 0.5, 0.5)
-    assert FIGURES["privacy_utility"](load(tmp_path)) is None and FIGURES["sensitivity"](load(tmp_path)) is None
+    assert (
+        FIGURES["privacy_utility"](load_results(tmp_path)) is None
+        and FIGURES["sensitivity"](load_results(tmp_path)) is None
+    )
 
 
 def test_losses_and_times_of_private_data_are_not_drawn(tmp_path: Path) -> None:
     for seed in range(2):
         plant(tmp_path, config("uniform", seed), 0.5, 0.5, stand_in=False, noise_mode="secure")
-    assert FIGURES["training"](load(tmp_path)) is None and FIGURES["cost"](load(tmp_path)) is None
+    assert FIGURES["training"](load_results(tmp_path)) is None and FIGURES["cost"](load_results(tmp_path)) is None

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from report.planted import config, plant
 
-from dptune.report.intervals import Judgements, holm, mean_over_runs, wilson
-from dptune.report.results import load
+from dptune.report.intervals import Answers, holm, mean_over_runs, wilson
+from dptune.report.results import load_results
 from dptune.report.settings import settings_of
 from dptune.report.tables import ACCURACY, SPREAD, WORST, estimate, paired
 
@@ -42,7 +42,7 @@ def test_the_variance_over_items_is_the_bootstraps(measure) -> None:
     chance = np.array([0.3, 0.6, 0.9])[task_of]
     hard = random.normal(0, 0.1, len(task_of))
     correct = (random.random((4, len(task_of))) < np.clip(chance + hard, 0, 1)).astype(float)
-    items = Judgements(("a", "b", "c"), task_of, correct)
+    items = Answers(("a", "b", "c"), task_of, correct)
     assert measure.of is not None
     claimed = items.variance(items.influence(measure.of(items.accuracies())))
 
@@ -63,7 +63,7 @@ def test_intervals_cover_what_they_promise() -> None:
         easy = random.normal(0, 0.15, 200)
         seeds = random.normal(0, 0.03, 3)[:, None]
         correct = (random.random((3, 200)) < np.clip(0.6 + easy + seeds, 0, 1)).astype(float)
-        items = Judgements(("a", "b"), tasks, correct)
+        items = Answers(("a", "b"), tasks, correct)
         accuracies = items.accuracies()
         variance = items.variance(items.influence(np.full_like(accuracies, 0.5)))
         found = mean_over_runs(accuracies.mean(axis=1).tolist(), item_variance=variance, items=200)
@@ -75,7 +75,7 @@ def test_intervals_cover_what_they_promise() -> None:
 def test_cells_can_be_computed_from_the_files_with_pandas_alone(tmp_path: Path) -> None:
     for seed, (a, b) in enumerate([(0.5, 0.6), (0.6, 0.5), (0.55, 0.7)]):
         plant(tmp_path, config("uniform", seed), a, b)
-    results = load(tmp_path)
+    results = load_results(tmp_path)
     (setting,) = settings_of(results.runs)
     found = estimate(setting, ACCURACY, results.judgements(setting.run_ids))
     assert found is not None
@@ -102,7 +102,7 @@ def test_a_paired_difference_is_by_seed_and_item(tmp_path: Path) -> None:
     for seed in range(3):
         plant(tmp_path, config("uniform", seed), 0.5, 0.5)
         plant(tmp_path, config("adaptive", seed), 0.6 + 0.1 * seed, 0.5)
-    results = load(tmp_path)
+    results = load_results(tmp_path)
     adaptive, uniform = sorted(settings_of(results.runs), key=lambda item: item.arm)
     found, run_ids = paired(results, adaptive, uniform)
     # Differences of accuracy 0.05, 0.10 and 0.15; half of them come from task a only.
@@ -122,5 +122,5 @@ def test_items_that_contradict_their_record_are_not_used(tmp_path: Path) -> None
     path = tmp_path / record.run_id / "evaluation.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("\n".join(json.dumps({**line, "correct": True}) for line in lines))
-    results = load(tmp_path)
+    results = load_results(tmp_path)
     assert not results.correct and "does not agree" in results.unreadable[0] and str(path) in results.unreadable[0]

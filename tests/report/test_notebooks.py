@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dptune.records import collect
-from dptune.sweep import ROOT
+from dptune.records.frame import collect
+from dptune.sweeps.jobs import ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="make setup EXTRAS=notebooks, or make test")
 

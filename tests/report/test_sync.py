@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from report.planted import config, plant
 
-from dptune import tracking
 from dptune.cli import main
-from dptune.config import TrackingConfig
-from dptune.records import Privacy, RunRecord
+from dptune.config.schema import TrackingConfig
+from dptune.records import mirror as tracking
+from dptune.records.record import Privacy, RunRecord
 from dptune.report.results import history
 
 

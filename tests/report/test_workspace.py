@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from dptune.records import collect
+from dptune.records.frame import collect
+from dptune.records.mirror import TASK_TABLE, mirrored_summary
 from dptune.report.results import history
-from dptune.sweep import ROOT
-from dptune.sync import SWEEP_TABLE
-from dptune.tracking import TASK_TABLE, summary
+from dptune.report.upload import SWEEP_TABLE
+from dptune.sweeps.jobs import ROOT
 
 pytest.importorskip("wandb_workspaces", reason="make setup EXTRAS=workspace, or make test")
 
@@ -50,7 +50,7 @@ def strings(value: object) -> Iterator[str]:
 
 def test_no_panel_stays_empty(panels: list[dict[str, Any]]) -> None:
     records = collect(SAMPLE).records
-    results = {key for record in records for key, value in summary(record).items() if value is not None}
+    results = {key for record in records for key, value in mirrored_summary(record).items() if value is not None}
     steps = {key for row in history(SAMPLE / records[0].run_id) for key in row if not key.startswith("NON_PRIVATE/")}
     settings = {
         f"{group}.value.{key}" for group, part in records[0].config.items() if isinstance(part, dict) for key in part

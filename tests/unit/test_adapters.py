@@ -14,11 +14,12 @@ from numerics import assert_close_to_largest, differs
 from peft import PeftModel
 from safetensors import safe_open
 
-from dptune.config import ADAPTERS, AdapterConfig, ConfigError
+from dptune.config.adapters import ADAPTERS
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
-from dptune.models.adapters import KINDS, architecture_of, attach
+from dptune.models.adapters import attach, model_type_of
 from dptune.models.peft_adapters import quiet
 from dptune.models.pst import PrunedLinear, nonzeros, sparsity_after
 from dptune.privacy.engines import ENGINES
@@ -30,7 +31,7 @@ RANK = 2
 CELLS = [
     (backbone, name)
     for backbone in BACKBONES
-    for name, kind in KINDS.items()
+    for name, kind in ADAPTERS.items()
     if not (backbone == "gpt2" and "gpt2" in kind.impossible)
 ]
 
@@ -45,7 +46,7 @@ def made(backbone: str, name: str = "lora", *, rank: int = RANK, steps: int = 10
 def moved(model: torch.nn.Module) -> torch.nn.Module:
     """The same, trained parameters changed, in evaluation mode."""
     with torch.no_grad():
-        for parameter in adapters.trainable(model).values():
+        for parameter in adapters.trainable_parameters(model).values():
             parameter.add_(0.1 * torch.arange(parameter.numel()).reshape(parameter.shape).sin())
     return model.eval()
 
@@ -126,12 +127,12 @@ def test_a_fresh_adapter_trains_what_it_should_and_starts_at_the_backbone(backbo
     count = adapters.count(model)
     assert count.trainable == sum(count.groups.values()) == COUNTS[name](backbone)
     assert count.total == sum(value.numel() for value in model.parameters())
-    assert all(value.dtype == torch.float32 for value in adapters.trainable(model).values())
+    assert all(value.dtype == torch.float32 for value in adapters.trainable_parameters(model).values())
     owners = {
         key.rpartition(".")[0] for key, value in model.named_parameters(remove_duplicate=False) if value.requires_grad
     }
     assert owners == {key for key, module in model.named_modules() if module.training}
-    assert torch.equal(logits(model), before) is KINDS[name].unchanged
+    assert torch.equal(logits(model), before) is ADAPTERS[name].unchanged
 
 
 @EACH_CELL
@@ -141,7 +142,7 @@ def test_a_saved_adapter_gives_the_same_logits_on_a_fresh_backbone(backbone: str
     before = logits(moved(model))
     assert differs(before, fresh)
     adapters.save(model, tmp_path / "adapter")
-    after = [logits(adapters.load(BACKBONES[backbone](), tmp_path / "adapter"))]
+    after = [logits(adapters.load_adapter(BACKBONES[backbone](), tmp_path / "adapter"))]
     if isinstance(model, PeftModel):
         with quiet():
             opened = PeftModel.from_pretrained(BACKBONES[backbone](), tmp_path / "adapter").eval()
@@ -156,9 +157,9 @@ def test_the_engine_of_each_cell_gives_every_row_its_own_gradient(backbone: str,
     """Rows of different lengths together, against plain backward passes of each row without any padding."""
     model = moved(made(backbone, name))
     adapters.set_modes(model)
-    layout, values = layout_of(backbone), adapters.trainable(model)
+    layout, values = layout_of(backbone), adapters.trainable_parameters(model)
     rows = [Encoded(tuple(range(10, 10 + length)), response) for length, response in ((7, 2), (9, 3), (5, 2))]
-    engine = ENGINES[adapters.engine_of(name, architecture_of(model))](model, example_losses)
+    engine = ENGINES[adapters.engine_of(name, model_type_of(model))](model, example_losses)
     _, found = engine(collate(rows, layout))
     engine.close()
     alone = [
@@ -175,7 +176,7 @@ def test_what_peft_has_for_linear_layers_only_is_refused_on_conv1d(name: str) ->
 
 
 def test_architectures() -> None:
-    found = {name: architecture_of(make()) for name, make in BACKBONES.items()}
+    found = {name: model_type_of(make()) for name, make in BACKBONES.items()}
     assert found == {
         "llama": "decoder",
         "qwen2": "decoder",
@@ -184,7 +185,7 @@ def test_architectures() -> None:
         "roberta": "encoder",
         "t5": "encoder_decoder",
     }
-    assert architecture_of(made("t5")) == "encoder_decoder"
+    assert model_type_of(made("t5")) == "encoder_decoder"
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_xs", "vera", "fourierft", "prompt", "p_tuning", "houlsby", "pst"])
@@ -202,7 +203,7 @@ def test_the_seed_alone_decides_the_initialisation(name: str) -> None:
 
 
 def names_of(model: torch.nn.Module) -> list[str]:
-    return list(adapters.trainable(model))
+    return list(adapters.trainable_parameters(model))
 
 
 @pytest.mark.parametrize("name", ["lora", "ia3", "ln_tuning", "houlsby", "bitfit", "full", "pst"])
@@ -229,11 +230,11 @@ def test_lora_on_embeddings_and_head(backbone: str, tmp_path: Path) -> None:
     before = logits(moved(model))
     gradients = torch.autograd.grad(
         example_losses(model, collate([Encoded((5, 6, 7, 8, 9), 3)], layout_of(backbone))).sum(),
-        list(adapters.trainable(model).values()),
+        list(adapters.trainable_parameters(model).values()),
     )
     assert all(float(gradient.abs().max()) > 0 for gradient in gradients)
     adapters.save(model, tmp_path / "adapter")
-    assert torch.equal(logits(adapters.load(BACKBONES[backbone](), tmp_path / "adapter")), before)
+    assert torch.equal(logits(adapters.load_adapter(BACKBONES[backbone](), tmp_path / "adapter")), before)
 
 
 def test_the_head_is_untied_and_full_keeps_ties() -> None:
@@ -265,7 +266,10 @@ def test_lora_xs_sits_between_the_leading_singular_vectors(tmp_path: Path) -> No
 
 def released(model: torch.nn.Module, step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {name: torch.randn(value.shape, generator=generator) for name, value in adapters.trainable(model).items()}
+    return {
+        name: torch.randn(value.shape, generator=generator)
+        for name, value in adapters.trainable_parameters(model).items()
+    }
 
 
 def trained(model: torch.nn.Module, steps: int, poison: float | None = None) -> Iterator[int]:
@@ -273,7 +277,7 @@ def trained(model: torch.nn.Module, steps: int, poison: float | None = None) -> 
     for step in range(steps):
         gradients = released(model, step)
         with torch.no_grad():
-            for name, parameter in adapters.trainable(model).items():
+            for name, parameter in adapters.trainable_parameters(model).items():
                 parameter.sub_(0.05 * gradients[name])
                 parameter.grad = None if poison is None else torch.full_like(parameter, poison)
         adapters.after_step(model, step, gradients)
@@ -287,17 +291,17 @@ def test_adalora_reaches_its_budget_by_released_gradients_alone(backbone: str, s
     assert list(trained(model, steps)) == list(trained(other, steps, poison=7.0))
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in other.parameters())
-    diagonals = [value for name, value in adapters.trainable(model).items() if ".lora_E." in name]
+    diagonals = [value for name, value in adapters.trainable_parameters(model).items() if ".lora_E." in name]
     ranks = [int(value.count_nonzero()) for value in diagonals]
     if steps > 1:
         assert sum(ranks) == RANK * len(ranks)
         assert len(set(ranks)) > 1
     before = logits(model)
     adapters.save(model, tmp_path / "adapter")
-    reopened = adapters.load(BACKBONES[backbone](), tmp_path / "adapter")
+    reopened = adapters.load_adapter(BACKBONES[backbone](), tmp_path / "adapter")
     assert_close_to_largest(logits(reopened), before)
     adapters.save(reopened, tmp_path / "again")
-    twice = logits(adapters.load(BACKBONES[backbone](), tmp_path / "again"))
+    twice = logits(adapters.load_adapter(BACKBONES[backbone](), tmp_path / "again"))
     assert_close_to_largest(twice, before)
 
 
@@ -306,7 +310,7 @@ def test_adalora_keeps_rows_that_an_average_of_weights_has_revived(tmp_path: Pat
     list(trained(model, 10))
     before = logits(moved(model))
     adapters.save(model, tmp_path)
-    assert_close_to_largest(logits(adapters.load(BACKBONES["llama"](), tmp_path)), before)
+    assert_close_to_largest(logits(adapters.load_adapter(BACKBONES["llama"](), tmp_path)), before)
 
 
 def test_pst_ramps_up_to_exactly_its_sparsity() -> None:
@@ -331,7 +335,7 @@ def test_pst_masks_are_stored_as_they_are(tmp_path: Path) -> None:
     list(trained(model, 10))
     before = logits(moved(model))  # The scores do not make these masks any more.
     adapters.save(model, tmp_path)
-    opened = adapters.load(BACKBONES["llama"](), tmp_path)
+    opened = adapters.load_adapter(BACKBONES["llama"](), tmp_path)
     assert nonzeros(opened) == nonzeros(model)
     assert torch.equal(logits(opened), before)
     layer = opened.model.layers[0].mlp.down_proj
@@ -400,12 +404,12 @@ def test_an_adapter_of_another_backbone_is_refused(name: str, other: str, tmp_pa
         model = BACKBONES[other]()
         if other == "t5":
             model.set_output_embeddings(torch.nn.Linear(16, 301))
-        adapters.load(model, tmp_path)
+        adapters.load_adapter(model, tmp_path)
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{tmp_path.name}/nothing holds no adapter"):
-        adapters.load(BACKBONES["llama"](), tmp_path / "nothing")
+        adapters.load_adapter(BACKBONES["llama"](), tmp_path / "nothing")
 
 
 REFUSED = {
@@ -469,9 +473,5 @@ def test_low_precision_backbones_carry_adapters_in_float32_but_are_not_trained_t
             continue
         adapted = attach(model, AdapterConfig(name=name), rank=2, steps=10, seed=0)
         example_losses(adapted, collate([Encoded((5, 6, 7), 1)], layout_of("llama"))).sum().backward()
-        gradients = [value.grad for value in adapters.trainable(adapted).values()]
+        gradients = [value.grad for value in adapters.trainable_parameters(adapted).values()]
         assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients), name
-
-
-def test_every_adapter_has_its_rules_and_its_function() -> None:
-    assert set(KINDS) == set(ADAPTERS)

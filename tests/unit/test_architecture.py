@@ -2,6 +2,9 @@
 
 import ast
 import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,43 +12,32 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "dptune"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# config ◀ {data, models, tracking, records} ◀ {training, evaluation} ◀ run ◀ cli; privacy stands alone.
-ALLOWED = {
-    "config": set(),
-    "records": {"config"},
-    "installation": set(),
-    "extras": {"config"},
-    "lease": set(),
+# Rooms stand on floors: each imports from those that it names, all of them below. privacy stands alone; of it, config
+# sees the choices of a plan, which are plain Python.
+ALLOWED: dict[str, set[str]] = {
     "privacy": set(),
-    "data": {"config", "extras"},
-    "models": {"config", "records", "data", "extras"},
-    "tracking": {"config", "records"},
-    "training": {"config", "records", "data", "models", "privacy"},
-    "text_metrics": set(),
-    "evaluation": {"config", "records", "data", "text_metrics"},
-    "sweep": {"config"},
-    "progress": {"records"},
-    "watch": {"records", "lease", "sweep", "guarantee", "progress", "status"},
-    "status": {"records", "lease", "sweep"},
-    "report": {"config", "records", "sweep", "privacy", "extras"},
-    "guarantee": {"config", "records", "data", "privacy"},
-    "preparation": {"config", "records", "data", "models", "privacy", "guarantee", "extras", "text_metrics"},
-    "provenance": {"config", "records", "preparation", "installation"},
-    "run": {
-        *("config", "records", "lease", "data", "models", "tracking", "training", "evaluation", "privacy"),
-        *("guarantee", "preparation", "provenance", "text_metrics", "progress"),
+    "config": {"privacy"},
+    "records": {"config"},
+    "identity": {"config"},
+    "data": {"config", "identity"},
+    "models": {"config", "data", "identity", "records"},
+    "evaluation": {"config", "data", "records"},
+    "training": {"config", "data", "models", "privacy", "records"},
+    "sweeps": {"config", "identity", "records"},
+    "report": {"config", "privacy", "records", "sweeps"},
+    "installation": set(),
+    "runs": {
+        *("config", "identity", "records", "privacy", "data", "models", "training", "evaluation", "sweeps"),
+        "installation",
     },
-    "search": {"config", "records", "extras", "privacy", "sweep", "guarantee", "preparation", "run", "progress"},
-    "sync": {"config", "records", "lease", "tracking", "report", "extras"},
-    "slurm": set(),
-    "pretraining": {"config", "data", "models", "evaluation"},
-    "cli": {"config", "records", "sweep", "status", "run", "report", "sync", "extras", "progress", "watch"},
+    "cli": {"config", "records", "runs", "sweeps", "report"},
 }
-LIGHT = [
-    *("config", "extras", "installation", "records", "lease", "sweep", "status", "guarantee", "report", "sync"),
-    *("progress", "watch", "slurm"),
-]
+LIGHT = ["config", "identity", "records", "sweeps", "runs.privacy", "runs.watch", "report", "installation"]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
+CHOICES = {"dptune.privacy.rules"} | {
+    f"dptune.privacy.rules.{name}"
+    for name in ("ALLOCATIONS", "CLIPPINGS", "GROUPINGS", "SCHEDULES", "UNITS", "WEIGHTS", "NoiseMode")
+}
 HEAVY = {"torch", "transformers", "peft", "opacus", "wandb"}
 
 
@@ -82,6 +74,20 @@ def test_imports_go_one_way(path: Path) -> None:
         return
     parts = {name.split(".")[1] for name in imports(path) if name.startswith("dptune.") and name != "dptune"}
     assert parts - {part} <= ALLOWED[part]
+    if part == "config":
+        assert {name for name in imports(path) if name.startswith("dptune.privacy")} <= CHOICES
+
+
+def test_a_config_is_checked_without_anything_heavy() -> None:
+    code = "import sys, dptune.config.checks; assert not {'numpy', 'scipy', 'torch', 'pandas'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("room", ["config", "records", "privacy", "data", "models", "training", "sweeps", "runs"])
+def test_no_module_imports_itself_by_way_of_others(room: str) -> None:
+    """Wherever an import stands: at the top, in a function or for the type checker alone."""
+    modules = {f"dptune.{room}.{path.stem}": path for path in (SOURCE / room).glob("*.py")}
+    TopologicalSorter({name: imports(path) & modules.keys() for name, path in modules.items()}).prepare()
 
 
 @pytest.mark.parametrize("part", [*LIGHT, *(f"privacy.{name}" for name in LIGHT_PRIVACY)])
@@ -113,7 +119,7 @@ def test_only_the_privacy_package_draws_noise_or_batches() -> None:
         # Generates the embedded public stand-in records.
         Path("data/supportdesk.py"),
         # Pretrains the embedded backbone on the public split.
-        Path("pretraining.py"),
+        Path("runs/pretraining.py"),
         # Initial weights of adapters, under a public seed.
         Path("models/own_adapters.py"),
         Path("models/peft_adapters.py"),

@@ -9,25 +9,25 @@ import torch
 from backbones_for_tests import BACKBONES, layout_of
 from numerics import assert_close_to_largest
 
-from dptune.config import AdapterConfig
-from dptune.data.batches import Layout, collate, example_losses, physical_batches
+from dptune.config.schema import AdapterConfig
+from dptune.data.batches import InputFormat, collate, example_losses, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
-from dptune.preparation import made_up_rows
 from dptune.privacy.batch_shape import FixedShapeEngine, fixed_shape_engine
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, LoopEngine, moved
+from dptune.runs.setup import made_up_rows
 
 pytestmark = pytest.mark.numerical
 
 LENGTH, SIZE = 16, 6
 
 
-def fixed(backbone: str) -> Layout:
+def fixed(backbone: str) -> InputFormat:
     return dataclasses.replace(layout_of(backbone), length=LENGTH)
 
 
-def probes(layout: Layout) -> tuple[Batch, Batch]:
+def probes(layout: InputFormat) -> tuple[Batch, Batch]:
     """Long rows at odd places, others between; and the other way round."""
     lengths = [LENGTH if row % 2 else 5 + 2 * row for row in range(SIZE)]
     others = [5 if row % 2 else LENGTH for row in range(SIZE)]
@@ -36,7 +36,7 @@ def probes(layout: Layout) -> tuple[Batch, Batch]:
 
 def adapted(backbone: str, dtype: torch.dtype = torch.bfloat16, name: str = "lora") -> tuple[torch.nn.Module, Engine]:
     model = BACKBONES[backbone]().to(dtype)
-    engine = adapters.engine_of(name, adapters.architecture_of(model))
+    engine = adapters.engine_of(name, adapters.model_type_of(model))
     model = adapters.attach(model, AdapterConfig(name=name, virtual_tokens=3), rank=2, steps=10, seed=0)
     return model, ENGINES[engine](model, example_losses)
 
@@ -95,7 +95,9 @@ def test_rows_are_filled_up_and_the_fill_is_dropped(count: int) -> None:
     expected_losses, expected = LoopEngine(model, example_losses)(batch)
     assert_close_to_largest(losses, expected_losses)
     assert_close_to_largest(found, expected)
-    assert all(found[name].shape == (count, *value.shape) for name, value in adapters.trainable(model).items())
+    assert all(
+        found[name].shape == (count, *value.shape) for name, value in adapters.trainable_parameters(model).items()
+    )
     with pytest.raises(EngineError, match="input_ids of a physical batch has not the public shape"):
         made(collate(made_up_rows(290, (5, 7)), layout_of("llama")))
 
@@ -107,7 +109,7 @@ def test_other_rows_and_places_do_not_change_a_bit(backbone: str, dtype: torch.d
 
     Where this machine's kernels are of another kind the check says so, and what it advises keeps the promise."""
     model, engine = adapted(backbone, dtype)
-    before = {name: value.clone() for name, value in adapters.trainable(model).items()}
+    before = {name: value.clone() for name, value in adapters.trainable_parameters(model).items()}
     layout, size = fixed(backbone), SIZE
     rows, others = probes(layout)
     try:
@@ -118,7 +120,7 @@ def test_other_rows_and_places_do_not_change_a_bit(backbone: str, dtype: torch.d
         made = fixed_shape_engine(
             engine, model, *({name: value[:1] for name, value in batch.items()} for batch in (rows, others))
         )
-    assert all(torch.equal(before[name], value) for name, value in adapters.trainable(model).items())
+    assert all(torch.equal(before[name], value) for name, value in adapters.trainable_parameters(model).items())
     records = made_up_rows(290, [5 + 7 * row % (LENGTH - 4) for row in range(20)])
 
     def gradients(some: list[Encoded]) -> dict[Encoded, dict[str, torch.Tensor]]:
@@ -128,7 +130,7 @@ def test_other_rows_and_places_do_not_change_a_bit(backbone: str, dtype: torch.d
             found |= {some[at]: {name: value[i] for name, value in part.items()} for i, at in enumerate(piece.tolist())}
         return found
 
-    with moved(adapters.trainable(model)):
+    with moved(adapters.trainable_parameters(model)):
         everyone = gradients(records)
         for out in (0, 7, 19):
             for row, values in gradients(records[:out] + records[out + 1 :]).items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dptune.training import checkpoint
-from dptune.training.checkpoint import Checkpoint, CheckpointError, load, remove, save
+from dptune.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, remove, save
 
 STAMP = {"plan": "p", "code": "c"}
 
@@ -46,19 +46,19 @@ def assert_equal(one: Any, two: Any) -> None:
 def test_it_is_loaded_bit_by_bit(tmp_path: Path) -> None:
     saved = made()
     save(tmp_path / "checkpoint", saved, STAMP)
-    found = load(tmp_path / "checkpoint", STAMP)
+    found = load_checkpoint(tmp_path / "checkpoint", STAMP)
     assert found is not None and (found.step, found.seconds, found.history) == (3, 1.25, saved.history)
     assert_equal(found.state, saved.state)
 
 
 def test_there_is_one_at_a_time_and_none_after_it_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
-    assert load(folder, STAMP) is None
+    assert load_checkpoint(folder, STAMP) is None
     save(folder, made(3), STAMP)
     save(folder, made(6), STAMP)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.json", "step-6.safetensors"]
     remove(folder)
-    assert load(folder, STAMP) is None and not folder.exists()
+    assert load_checkpoint(folder, STAMP) is None and not folder.exists()
     remove(folder)
 
 
@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, made(6), STAMP)
     monkeypatch.undo()
-    found = load(tmp_path, STAMP)
+    found = load_checkpoint(tmp_path, STAMP)
     assert found is not None and found.step == 3
     save(tmp_path, made(6), STAMP)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
@@ -86,9 +86,9 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.M
 def test_another_plan_or_code_is_named(tmp_path: Path) -> None:
     save(tmp_path, made(), STAMP)
     with pytest.raises(CheckpointError, match="another code$"):
-        load(tmp_path, {**STAMP, "code": "d"})
+        load_checkpoint(tmp_path, {**STAMP, "code": "d"})
     with pytest.raises(CheckpointError, match="another code and another plan$"):
-        load(tmp_path, {"plan": "q", "code": "d"})
+        load_checkpoint(tmp_path, {"plan": "q", "code": "d"})
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -98,11 +98,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="step-3.safetensors is damaged"):
-        load(tmp_path, STAMP)
+        load_checkpoint(tmp_path, STAMP)
     path.unlink()
     with pytest.raises(CheckpointError, match="step-3.safetensors is missing"):
-        load(tmp_path, STAMP)
+        load_checkpoint(tmp_path, STAMP)
     for text in ("{", "{}", "[]", json.dumps({"stamp": STAMP})):
         (tmp_path / "checkpoint.json").write_text(text)
         with pytest.raises(CheckpointError, match="checkpoint.json is damaged"):
-            load(tmp_path, STAMP)
+            load_checkpoint(tmp_path, STAMP)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptune.config import Config, ConfigError, DataSensitivityConfig
+from dptune.config.schema import Config, ConfigError, DataSensitivityConfig
 from dptune.data.conditions import (
     DISTRACTIONS,
     HEAVY_USERS,
@@ -17,7 +17,7 @@ from dptune.data.conditions import (
     perturbed,
 )
 from dptune.data.schema import Example
-from dptune.data.sources import load
+from dptune.data.sources import load_dataset
 from dptune.data.supportdesk import is_held_out
 
 OPTIONS = ("a", "b", "c", "d")
@@ -152,9 +152,9 @@ def test_unseen_instructions_and_longer_inputs_are_in_test_only() -> None:
 def test_the_support_desk_has_held_out_wordings_of_its_own() -> None:
     config = Config()
     config.data.train_size, config.data.test_size = 400, 200
-    usual = load(config)
+    usual = load_dataset(config)
     config.data_sensitivity.unseen_instructions = 1.0
-    unseen = load(config)
+    unseen = load_dataset(config)
     assert 60 < sum(map(is_held_out, usual.test)) < 140 and all(map(is_held_out, unseen.test))
     assert [item.input for item in unseen.test] == [item.input for item in usual.test] and unseen.train == usual.train
     for one, two in zip(usual.test, unseen.test, strict=True):

@@ -1,10 +1,17 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from dptune.config import Config, ConfigError, has_fixed_batches, noise_mode, run_id, strict
+from dptune.config.checks import from_values, strict, with_values
+from dptune.config.schema import Config, ConfigError, has_fixed_batches, noise_mode
+from dptune.identity import keep_local_key, run_id
+from dptune.sweeps.expand import without_hydra
+from dptune.sweeps.jobs import ROOT
 
 
 def tree(*overrides: str):
@@ -12,7 +19,7 @@ def tree(*overrides: str):
 
 
 def test_the_defaults_are_a_config() -> None:
-    assert strict(tree()) == Config()
+    assert strict(tree()) == Config() == from_values(dataclasses.asdict(Config()))
 
 
 @pytest.mark.parametrize(
@@ -87,11 +94,24 @@ def test_run_id_follows_the_content_of_a_file_not_its_place(tmp_path: Path) -> N
     here = ["data.name=jsonl", "data.train_size=null", f"compute.output_root={tmp_path / 'outputs'}"]
     ids = [run_id(strict(tree(f"data.path={path}", *here))) for path in (one, same, other)]
     assert ids[0] == ids[1] != ids[2]
+    # Naming writes nothing; what makes runs keeps the key, under which the names stay.
+    assert not (tmp_path / "outputs").exists()
+    assert not keep_local_key(strict(tree(f"data.path={one}", *here)))
+    assert run_id(strict(tree(f"data.path={one}", *here))) == ids[0]
     # The key stays beside the runs; under another one the same file has another name.
     key = tmp_path / "outputs" / ".fingerprint-key"
     assert len(key.read_bytes()) == 32 and key.stat().st_mode & 0o077 == 0
     key.write_bytes(bytes(32))
     assert run_id(strict(tree(f"data.path={one}", *here))) != ids[0]
+
+
+def test_a_file_that_was_changed_has_another_name_in_the_same_process(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("a")
+    config = strict(tree("data.name=jsonl", "data.train_size=null", f"data.path={file}", "data.public=true"))
+    before = run_id(config)
+    file.write_text("ab")
+    assert run_id(config) != before
 
 
 def test_noise_of_private_data_is_secure_unless_told_otherwise(tmp_path: Path) -> None:
@@ -113,3 +133,28 @@ def test_noise_of_private_data_is_secure_unless_told_otherwise(tmp_path: Path) -
 def test_what_cannot_be_on_any_backbone_is_said_before_one_is_loaded(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         strict(tree(*overrides))
+
+
+def test_values_put_on_a_shared_config_make_what_composing_makes() -> None:
+    """Types, lists, null and nested fields; an unknown key and a wrong type are the same error."""
+    overrides = [
+        "hyperparameter.learning_rate=1",
+        "adapter.target_modules=[q_proj,v_proj]",
+        "data.columns.instruction='=Say {text}'",
+        "privacy.target_epsilon=null",
+        "privacy.noise_multiplier=1.5",
+        "data.task_weights=null",
+    ]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        shared, slow = (strict(without_hydra(compose("config", given))) for given in ([], overrides))
+    values = [(item.key_or_group, item.value()) for item in OverridesParser.create().parse_overrides(overrides)]
+    assert with_values(shared, values) == slow
+    assert isinstance(with_values(Config(), values).hyperparameter.learning_rate, float)
+    for name, value, message in (
+        ("hyperparameter.steps", "many", "hyperparameter.steps: Value 'many'"),
+        ("hyperparameter.stepz", 3, "unknown key hyperparameter.stepz; did you mean hyperparameter.steps?"),
+        ("nothing.here", 3, "unknown key nothing.here"),
+        ("hyperparameter.steps", -1, "hyperparameter.steps=-1 must be at least 0"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            with_values(Config(), [(name, value)])

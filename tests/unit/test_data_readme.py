@@ -7,8 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dptune.config import Config
-from dptune.sweep import ROOT, without_hydra
+from dptune.config.schema import Config
+from dptune.sweeps.expand import without_hydra
+from dptune.sweeps.jobs import ROOT
 
 PAGE = (ROOT / "src" / "dptune" / "data" / "README.md").read_text(encoding="utf-8")
 COMMANDS = [shlex.split(line)[2:] for line in PAGE.splitlines() if line.startswith("$ dptune")]

@@ -10,7 +10,7 @@ from numerics import FLOAT32, assert_close_to_largest
 
 from dptune.data.batches import (
     IGNORED,
-    Layout,
+    InputFormat,
     collate,
     example_losses,
     physical_batches,
@@ -21,7 +21,7 @@ from dptune.data.templates import plain as prompt
 
 pytestmark = pytest.mark.numerical
 
-LAYOUT = Layout(pad=0)
+LAYOUT = InputFormat(pad=0)
 
 PAIRS = [
     (prompt("which team ?", "reset my code"), " support"),

@@ -5,16 +5,15 @@ import torch
 from backbones_for_tests import layout_of, tiny_gpt2, tiny_llama, tiny_t5
 from numerics import FLOAT32, assert_close_to_largest
 
-from dptune.data.batches import Layout
+from dptune.data.batches import InputFormat
 from dptune.data.encoding import encode
 from dptune.data.schema import Example
 from dptune.data.templates import plain as prompt
-from dptune.evaluation import Judgement, greedy, judge, judged, normalised, summarise
-from dptune.text_metrics import Written
+from dptune.evaluation import Answer, Written, evaluate, evaluated_examples, greedy, metrics_of, normalised
 
 pytestmark = pytest.mark.numerical
 
-LAYOUT = Layout(pad=0)
+LAYOUT = InputFormat(pad=0)
 EXAMPLES = [
     Example(
         "team",
@@ -30,8 +29,8 @@ EXAMPLES = [
 ]
 
 
-def judged_by(model, tokenizer, examples, seen, batch_size: int = 4, layout: Layout = LAYOUT):
-    return judge(
+def judged_by(model, tokenizer, examples, seen, batch_size: int = 4, layout: InputFormat = LAYOUT):
+    return evaluate(
         model, tokenizer, examples, seen, layout=layout, sequence_length=64, batch_size=batch_size, max_new_tokens=8
     )
 
@@ -78,11 +77,11 @@ def test_free_form_answers_match_after_normalisation(tokenizer, monkeypatch: pyt
 
 
 def test_metrics_are_macro_averages() -> None:
-    items = [Judgement("a", True, 1.0, True)] * 3 + [
-        Judgement("a", False, 1.0, False),
-        Judgement("b", False, 2.0, False),
+    items = [Answer("a", True, 1.0, True)] * 3 + [
+        Answer("a", False, 1.0, False),
+        Answer("b", False, 2.0, False),
     ]
-    metrics = summarise(items)
+    metrics = metrics_of(items)
     assert metrics.accuracy_by_task == {"a": 0.75, "b": 0.0}
     assert metrics.accuracy == 0.375 and metrics.worst_task == "b" and metrics.spread_over_tasks == 0.375
     assert metrics.accuracy_unseen == 1.0 and metrics.n == 5 and metrics.n_unseen == 3
@@ -92,7 +91,7 @@ def test_metrics_are_macro_averages() -> None:
 
 def test_what_occurs_in_private_training_data_is_not_told(tokenizer) -> None:
     found, _ = judged_by(tiny_llama().eval(), tokenizer, EXAMPLES, None)
-    metrics = summarise(found)
+    metrics = metrics_of(found)
     assert {item.unseen for item in found} == {None}
     assert metrics.accuracy_unseen is None and metrics.n_unseen is None
 
@@ -135,22 +134,22 @@ def test_output_is_what_steps_without_a_cache_give(tokenizer) -> None:
 
 def test_the_first_prompts_of_a_free_form_task_are_judged_with_all_their_records() -> None:
     examples = [*EXAMPLES[:2], *PLACES]
-    assert judged(examples, 1) == [*EXAMPLES[:2], PLACES[0], PLACES[2]]
-    assert judged(examples, 2) == judged(examples, None) == examples
+    assert evaluated_examples(examples, 1) == [*EXAMPLES[:2], PLACES[0], PLACES[2]]
+    assert evaluated_examples(examples, 2) == evaluated_examples(examples, None) == examples
 
 
 def test_text_metrics_are_macro_averages_over_free_form_tasks() -> None:
-    items = [Judgement("a", False, 1.0, False), Judgement("b", False, 1.0, False), Judgement("c", True, 1.0, False)]
+    items = [Answer("a", False, 1.0, False), Answer("b", False, 1.0, False), Answer("c", True, 1.0, False)]
     written = [
         Written("a", "the cat sat on a mat", ("the cat sat on the mat",)),
         Written("b", "one two three four", ("one two three four",)),
         Written("c", "12", ("12",)),
     ]
-    metrics = summarise(items, written)
+    metrics = metrics_of(items, written)
     assert metrics.bleu_by_task == pytest.approx({"a": 53.728, "b": 100.0}, abs=1e-3)
     assert metrics.bleu == pytest.approx((53.728 + 100) / 2, abs=1e-3)
     assert metrics.rouge_l == pytest.approx((5 / 6 + 1) / 2) and set(metrics.rouge_l_by_task) == {"a", "b"}
-    bare = summarise(items)
+    bare = metrics_of(items)
     assert bare.bleu is None and bare.rouge_l is None and bare.bleu_by_task == {}
 
 

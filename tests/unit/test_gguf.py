@@ -9,9 +9,10 @@ import torch
 from backbones_for_tests import tiny_llama
 from numerics import assert_close_to_largest
 
-from dptune.config import Config, ConfigError, ModelConfig, run_id
+from dptune.config.schema import Config, ConfigError, ModelConfig
+from dptune.identity import run_id
 from dptune.models import gguf as module
-from dptune.models.backbones import Backbone, load
+from dptune.models.backbones import Backbone, load_backbone
 
 pytestmark = pytest.mark.numerical
 
@@ -64,7 +65,7 @@ def file(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 
 def opened(path: Path, cache: Path) -> Backbone:
-    return load(ModelConfig(name="local", path=str(path)), precision="float32", device="cpu", cache_dir=cache)
+    return load_backbone(ModelConfig(name="local", path=str(path)), precision="float32", device="cpu", cache_dir=cache)
 
 
 def test_it_is_the_model_that_was_written(file: Path, tokenizer, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@ import torch
 from backbones_for_tests import tiny_llama
 from numerics import assert_close_to_largest, differs
 
-from dptune.config import AdapterConfig
-from dptune.data.batches import Layout, collate, example_losses
+from dptune.config.schema import AdapterConfig
+from dptune.data.batches import InputFormat, collate, example_losses
 from dptune.data.encoding import encode
 from dptune.data.templates import plain as prompt
 from dptune.models import adapters
@@ -13,7 +13,7 @@ from dptune.privacy.gradients import EngineError, LoopEngine
 
 pytestmark = pytest.mark.numerical
 
-LAYOUT = Layout(pad=0)
+LAYOUT = InputFormat(pad=0)
 
 PAIRS = [
     (prompt("which team ?", "reset my code"), "support"),
@@ -27,7 +27,7 @@ PAIRS = [
 def adapted(name: str = "lora") -> torch.nn.Module:
     model = adapters.attach(tiny_llama().requires_grad_(False), AdapterConfig(name=name), rank=2, steps=10, seed=0)
     with torch.no_grad():
-        for parameter in adapters.trainable(model).values():
+        for parameter in adapters.trainable_parameters(model).values():
             # B is zero at first, and A would then have no gradient.
             parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).reshape(parameter.shape))
     return model
@@ -48,13 +48,13 @@ def test_engines_equal_plain_backward_passes(engine: str, adapter: str, tokenize
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.tokens[-row.response :]))
         model.zero_grad()
         loss.backward()
-        expected.append({name: value.grad.clone() for name, value in adapters.trainable(model).items()})
+        expected.append({name: value.grad.clone() for name, value in adapters.trainable_parameters(model).items()})
         model.zero_grad(set_to_none=True)
     made = ENGINES[engine](model, example_losses)
     _, gradients = made(batch(tokenizer))
     made.close()
     assert_close_to_largest(gradients, {name: torch.stack([row[name] for row in expected]) for name in expected[0]})
-    assert gradients.keys() == adapters.trainable(model).keys()
+    assert gradients.keys() == adapters.trainable_parameters(model).keys()
 
 
 @pytest.mark.parametrize("engine", [OpacusEngine, HookEngine])
@@ -108,7 +108,7 @@ def test_what_opacus_cannot_do_is_an_error_not_a_wrong_gradient() -> None:
 
 def test_no_dropout_and_no_frozen_gradient(tokenizer) -> None:
     model = adapted("ffa_lora")
-    names = adapters.trainable(model)
+    names = adapters.trainable_parameters(model)
     assert names and all(".lora_B." in name for name in names)
     training = [name for name, module in model.named_modules() if module.training]
     assert training and all(".lora_B" in name for name in training)
@@ -118,7 +118,7 @@ def test_no_dropout_and_no_frozen_gradient(tokenizer) -> None:
 
 
 def test_an_adapter_that_matches_nothing_is_refused() -> None:
-    from dptune.config import ConfigError
+    from dptune.config.schema import ConfigError
 
     with pytest.raises(ConfigError, match=r"adapter.target_modules=\['nowhere'\] matches no layer"):
         adapters.attach(tiny_llama(), AdapterConfig(target_modules=["nowhere"]), rank=2, steps=10, seed=0)
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_stream_alone
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     one, two, other = (
-        adapters.trainable(adapters.attach(tiny_llama(), AdapterConfig(), rank=2, steps=10, seed=seed))
+        adapters.trainable_parameters(adapters.attach(tiny_llama(), AdapterConfig(), rank=2, steps=10, seed=seed))
         for seed in (1, 1, 2)
     )
     assert torch.equal(before, torch.random.get_rng_state())
@@ -181,7 +181,7 @@ def test_hooks_refuse_a_layer_that_does_not_see_every_row() -> None:
 
 
 def probes(tokenizer):
-    from dptune.preparation import made_up_rows
+    from dptune.runs.setup import made_up_rows
 
     rows = made_up_rows(len(tokenizer), (7, 9, 5))
     changed = [*rows[:-1], made_up_rows(len(tokenizer), (7, 9, 5), shift=101)[-1]]

@@ -8,12 +8,12 @@ import torch
 from backbones_for_tests import tiny_llama
 from numerics import assert_close_to_largest, differs
 
-from dptune.config import AdapterConfig, EnvironmentConfig, HyperparameterConfig
-from dptune.data.batches import Layout, collate, example_losses
+from dptune.config.schema import AdapterConfig, EnvironmentConfig, HyperparameterConfig
+from dptune.data.batches import InputFormat, collate, example_losses
 from dptune.data.encoding import encode
 from dptune.models import adapters
 from dptune.privacy.engines import ENGINES
-from dptune.privacy.mechanism import groups_of
+from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.sampling import Batch
 from dptune.privacy.streams import KeyRing, Purpose
@@ -67,7 +67,7 @@ def model_and_rows(tokenizer):
 
 def run_shared(plan, tokenizer, *, engine: str = "opacus", physical: int = 3, **environment):
     model, rows = model_and_rows(tokenizer)
-    parameters = adapters.trainable(model)
+    parameters = adapters.trainable_parameters(model)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, plan.grouping)
     steps = list(
         train(
@@ -75,12 +75,12 @@ def run_shared(plan, tokenizer, *, engine: str = "opacus", physical: int = 3, **
             rows,
             sampler=Scripted(),
             engine=ENGINES[engine](model, example_losses),
-            mechanism=plan.mechanism(groups, KEYS),
+            mechanism=Mechanism(plan, groups, KEYS),
             groups=groups,
             projection=FullSpace(groups),
             hyperparameter=HYPER,
             environment=EnvironmentConfig(**environment),
-            layout=Layout(pad=0),
+            layout=InputFormat(pad=0),
             physical_batch_size=physical,
         )
     )
@@ -90,7 +90,7 @@ def run_shared(plan, tokenizer, *, engine: str = "opacus", physical: int = 3, **
 def run_by_hand(plan, tokenizer, optimizer: str):
     """Written from the formulas: flat clip, sum, noise on the sum, division by the declared batch size, optimizer."""
     model, rows = model_and_rows(tokenizer)
-    parameters = adapters.trainable(model)
+    parameters = adapters.trainable_parameters(model)
     dimension = sum(value.numel() for value in parameters.values())
     moments = {name: [torch.zeros_like(value), torch.zeros_like(value)] for name, value in parameters.items()}
     rates = [0.05 * 1 / 2, 0.05, 0.05 * 2 / 3, 0.05 * 1 / 3]
@@ -98,7 +98,7 @@ def run_by_hand(plan, tokenizer, optimizer: str):
         total = torch.zeros(dimension, dtype=torch.float64)
         for index in Scripted().batch(step).indices.tolist():
             model.zero_grad()
-            example_losses(model, collate([rows[index]], Layout(pad=0))).sum().backward()
+            example_losses(model, collate([rows[index]], InputFormat(pad=0))).sum().backward()
             gradient = torch.cat([value.grad.flatten() for value in parameters.values()]).double()
             if plan.private:
                 gradient = gradient * min(1.0, 0.5 / float(gradient.norm())) / (1 + 2**-10)
@@ -129,7 +129,7 @@ def run_by_hand(plan, tokenizer, optimizer: str):
 def assert_moved_alike(found, expected, tokenizer) -> None:
     """Relative to how far the weights went: released sums lie on a grid of a thousandth of the noise, and Adam divides
     by a second moment, so that rounding of a tiny gradient, or its place on the grid, is a part of a whole step."""
-    start = adapters.trainable(model_and_rows(tokenizer)[0])
+    start = adapters.trainable_parameters(model_and_rows(tokenizer)[0])
     moves = [{name: value.detach() - start[name].detach() for name, value in of.items()} for of in (found, expected)]
     assert_close_to_largest(*moves, rtol=5e-3)
 
@@ -176,7 +176,7 @@ def test_every_trained_parameter_moves_and_no_frozen_one(tokenizer) -> None:
 def test_an_update_without_all_gradients_is_refused(tokenizer) -> None:
     parameters, _ = run_shared(OPEN, tokenizer)
     groups = groups_of({name: value.shape for name, value in parameters.items()}, "all")
-    gradients = OPEN.mechanism(groups, KEYS).release(0).gradients
+    gradients = Mechanism(OPEN, groups, KEYS).release(0).gradients
     gradients.pop(next(iter(parameters)))
     with pytest.raises(ValueError, match="differ in"):
         update(parameters, gradients, dict.fromkeys(parameters, 0.0), torch.optim.SGD(parameters.values(), lr=0.1))
@@ -237,7 +237,7 @@ def test_the_average_of_the_weights_is_kept(tokenizer) -> None:
 def test_shrinkage_moves_released_gradients_towards_zero(shrinkage: str, tokenizer) -> None:
     plain, _ = run_shared(PLAN, tokenizer, optimizer="sgd")
     shrunk, _ = run_shared(PLAN, tokenizer, optimizer="sgd", shrinkage=shrinkage)
-    start = adapters.trainable(model_and_rows(tokenizer)[0])
+    start = adapters.trainable_parameters(model_and_rows(tokenizer)[0])
 
     def moved(trained) -> float:
         return sum(float((trained[name] - start[name]).detach().norm()) ** 2 for name in start)

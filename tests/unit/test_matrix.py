@@ -9,7 +9,8 @@ import torch
 from backbones_for_tests import BACKBONES
 from numerics import assert_close_to_largest
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config.adapters import ADAPTERS
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
@@ -30,10 +31,10 @@ CLS, MASK, END = 3, 4, 1
 def layout(model: torch.nn.Module):
     from types import SimpleNamespace
 
-    from dptune.models.backbones import layout_of
+    from dptune.models.backbones import input_format_of
 
     tokenizer = SimpleNamespace(pad_token_id=0, cls_token_id=CLS, mask_token_id=MASK, eos_token_id=END)
-    return layout_of(model, tokenizer)
+    return input_format_of(model, tokenizer)
 
 
 def loss_alone(model: torch.nn.Module, architecture: str, row: Encoded) -> torch.Tensor:
@@ -62,19 +63,19 @@ def model_start(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("backbone", list(BACKBONES))
-@pytest.mark.parametrize("kind", list(adapters.KINDS))
+@pytest.mark.parametrize("kind", list(ADAPTERS))
 def test_a_cell_is_right_or_says_why_not(kind: str, backbone: str) -> None:
     model = BACKBONES[backbone]()
     model.config.architectures = [type(model).__name__]  # as in a saved one
     architecture = architecture_of(model.config)
     reading = layout(model)
     try:
-        chosen = adapters.engine_of(kind, adapters.architecture_of(model))
+        chosen = adapters.engine_of(kind, adapters.model_type_of(model))
         model = adapters.attach(model, AdapterConfig(name=kind, virtual_tokens=3), rank=2, steps=10, seed=0)
     except ConfigError as error:
         assert "; choose" in str(error) and "\n" not in str(error)
         return
-    trained = adapters.trainable(model)
+    trained = adapters.trainable_parameters(model)
     with torch.no_grad():
         for number, value in enumerate(trained.values()):
             # Zeros would hide the partner of a product.

@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dptune import pretraining
-from dptune.config import EMBEDDED, SHIPPED, Config, ConfigError, ModelConfig, run_id
+from dptune.config.schema import EMBEDDED, SHIPPED, Config, ConfigError, ModelConfig
 from dptune.data import supportdesk
 from dptune.data.schema import Example
+from dptune.identity import run_id
 from dptune.models import backbones, embedded
-from dptune.pretraining import RECIPES, Recipe, pretrain, train_tokenizer
+from dptune.runs import pretraining
+from dptune.runs.pretraining import RECIPES, Recipe, pretrain, train_tokenizer
 
 SMALL = Recipe(
     vocabulary=400, layers=1, width=16, feed_forward=32, heads=2, records=200, steps=3, warmup=1, batch_size=8
@@ -49,7 +50,7 @@ def test_what_is_shipped_is_small_and_has_sixteen_bits(name, most):
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_what_is_shipped_is_read_into_single_precision_and_named_by_its_content(name, tmp_path):
-    loaded = backbones.load(ModelConfig(name), precision="float32", device="cpu", cache_dir=tmp_path)
+    loaded = backbones.load_backbone(ModelConfig(name), precision="float32", device="cpu", cache_dir=tmp_path)
     assert {value.dtype for value in loaded.model.parameters()} == {torch.float32}
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size <= RECIPES[name].vocabulary
     assert loaded.model.config.num_hidden_layers == RECIPES[name].layers
@@ -83,7 +84,7 @@ def test_a_run_is_named_by_the_content_of_its_shipped_backbone(tmp_path, monkeyp
     before = run_id(Config())
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "SHA256SUMS").write_text("0  model.safetensors\n")
-    monkeypatch.setattr("dptune.config.SHIPPED", tmp_path)
+    monkeypatch.setattr("dptune.identity.SHIPPED", tmp_path)
     assert run_id(Config()) != before
 
 

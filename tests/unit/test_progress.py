@@ -12,8 +12,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import pytest
 
-from dptune.progress import Display, StepBar, in_time, time_left, tried, workers_of
-from dptune.records import RecordError, RunFailed
+from dptune.records.record import RecordError, RunFailed
+from dptune.sweeps.progress import Display, StepBar, in_time, time_left, tried, workers_of
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def test_half_a_terminal_is_a_log() -> None:
 
 
 def test_lines_come_through_while_a_library_is_kept_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    from dptune.tracking import without_words
+    from dptune.records.mirror import without_words
 
     with Display() as display, without_words():
         print("hello from a library")
@@ -79,9 +79,9 @@ def test_the_bar_of_a_run_shows_its_steps(monkeypatch: pytest.MonkeyPatch) -> No
     with terminal() as person:
         with Display() as display:
             bar = StepBar(display)
-            monkeypatch.setattr("dptune.progress.time.monotonic", lambda: 10.0)
+            monkeypatch.setattr("dptune.sweeps.progress.time.monotonic", lambda: 10.0)
             bar(21, 30)  # Going on after step 20.
-            monkeypatch.setattr("dptune.progress.time.monotonic", lambda: 14.0)
+            monkeypatch.setattr("dptune.sweeps.progress.time.monotonic", lambda: 14.0)
             bar(23, 30)
         text = seen(person)
     assert "| 21/30  steps" in text and "| 23/30  steps  14 s left" in text

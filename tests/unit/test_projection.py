@@ -1,16 +1,17 @@
 """Coordinates in which a run clips and noises: what the config names, and what may learn from releases."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from numerics import assert_close_to_largest, differs
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from dptune.config import Config, ConfigError, strict
-from dptune.data.batches import Layout
+from dptune.config.checks import strict
+from dptune.config.schema import Config, ConfigError
+from dptune.data.batches import InputFormat
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.events import Event
@@ -18,6 +19,7 @@ from dptune.privacy.mechanism import Mechanism
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.privacy.subspace import gradient_carriers
+from dptune.sweeps.expand import ROOT, without_hydra
 from dptune.training.projection import (
     FixedSubspace,
     FullSpace,
@@ -29,7 +31,6 @@ from dptune.training.projection import (
 
 pytestmark = pytest.mark.numerical
 
-CONF = Path(__file__).parents[2] / "conf" / "privacy"
 KEYS = KeyRing.reproducible(0, "public")
 SHAPES = {"w": (10, 6), "b": (10,), "v": (6, 8)}
 GROUPS = (Group("first", ("w", "b"), 70, (SHAPES["w"], SHAPES["b"])), Group("second", ("v",), 48, (SHAPES["v"],)))
@@ -87,7 +88,7 @@ def test_each_projection_sees_the_data_that_it_may(name: str, kind: type, seen: 
         engine=engine,
         private_rows=[Encoded((row, 1, 2), 1) for row in range(7)],
         public_rows=lambda: [Encoded((row, 1, 2), 1) for row in range(100, 120)],
-        layout=Layout(pad=0),
+        layout=InputFormat(pad=0),
     )
     assert type(projection) is kind
     assert sorted(tokens) == seen
@@ -178,10 +179,14 @@ def test_noise_is_in_the_coordinates_and_as_planned() -> None:
     assert everything.std(axis=0) == pytest.approx(0.16, rel=0.45)
 
 
+def composed(privacy: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return without_hydra(compose("config", [f"privacy={privacy}"]))
+
+
 @pytest.mark.parametrize("setting", [{"optimizer": "dp_adam_bc"}, {"shrinkage": "james_stein"}])
 def test_what_needs_even_noise_is_refused_with_carriers(setting: dict[str, str]) -> None:
-    tree = OmegaConf.create(dataclasses.asdict(Config()))
-    tree.privacy = OmegaConf.merge(tree.privacy, OmegaConf.load(CONF / "ew_tune.yaml"))
+    tree = composed("ew_tune")
     assert strict(tree).privacy.projection == "rgp"
     tree.environment = OmegaConf.merge(tree.environment, setting)
     with pytest.raises(ConfigError, match="privacy.projection=rgp spreads noise unevenly"):
@@ -189,8 +194,7 @@ def test_what_needs_even_noise_is_refused_with_carriers(setting: dict[str, str])
 
 
 def test_the_subspace_of_dp_sft_cannot_be_had_for_free() -> None:
-    tree = OmegaConf.create(dataclasses.asdict(Config()))
-    tree.privacy = OmegaConf.merge(tree.privacy, OmegaConf.load(CONF / "dp_sft.yaml"))
+    tree = composed("dp_sft")
     assert strict(tree).privacy.projection_noise_multiplier
     tree.privacy.projection_noise_multiplier = None
     with pytest.raises(ConfigError, match="paid for with privacy.projection_noise_multiplier"):

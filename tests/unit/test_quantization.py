@@ -12,12 +12,13 @@ from peft import PeftModel
 from scipy.stats import norm
 from transformers.pytorch_utils import Conv1D
 
-from dptune.config import ADAPTERS, AdapterConfig, ConfigError
+from dptune.config.adapters import ADAPTERS
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.layers import linear_layers, output_head
-from dptune.models.quantization import BLOCK, FORMATS, NF4_LEVELS, quantize, rounded_layers, stored_bytes
+from dptune.models.quantization import BLOCK, FORMATS, NF4_LEVELS, quantize, quantized_layers, stored_bytes
 from dptune.models.state import AdapterState
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import LoopEngine
@@ -97,9 +98,9 @@ def test_all_linear_layers_but_the_head_are_rounded_and_memory_falls(backbone: s
     plain, model = BACKBONES[backbone](), BACKBONES[backbone]()
     total = adapters.count(plain).total
     quantize(model, kind)
-    layers, before = rounded_layers(model), linear_layers(plain)
+    layers, before = quantized_layers(model), linear_layers(plain)
     assert layers.keys() == before.keys() == linear_layers(model).keys() and layers
-    assert not rounded_layers(output_head(model)[1]) and adapters.count(model).total == total
+    assert not quantized_layers(output_head(model)[1]) and adapters.count(model).total == total
     for name, layer in layers.items():
         assert isinstance(layer, Conv1D) == isinstance(before[name], Conv1D)
         assert isinstance(layer, torch.nn.Linear) == isinstance(before[name], torch.nn.Linear)
@@ -122,7 +123,7 @@ def pair(backbone: str, kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     model, same = BACKBONES[backbone](), BACKBONES[backbone]()
     quantize(model, kind)
     floats: Any = linear_layers(same)
-    for name, layer in rounded_layers(model).items():
+    for name, layer in quantized_layers(model).items():
         floats[name].weight.data = layer.weight.clone()
     return model, same
 
@@ -131,12 +132,12 @@ def adapted(model: torch.nn.Module, name: str) -> torch.nn.Module:
     config = AdapterConfig(name=name, virtual_tokens=3)
     made = adapters.attach(model, config, rank=2, steps=10, seed=0)
     with torch.no_grad():
-        for number, value in enumerate(adapters.trainable(made).values()):
+        for number, value in enumerate(adapters.trainable_parameters(made).values()):
             value += 0.1 * (torch.arange(value.numel()) + number).sin().reshape(value.shape)
     return made
 
 
-MATRIX = [(name, "llama", "nf4") for name in adapters.KINDS] + [
+MATRIX = [(name, "llama", "nf4") for name in ADAPTERS] + [
     (name, backbone, kind)
     for name in ("lora", "dora", "ia3", "bitfit", "houlsby", "prefix")
     for backbone in ("gpt2", "bert", "t5")
@@ -154,7 +155,7 @@ def test_gradients_on_a_rounded_backbone_are_those_on_its_weights(name: str, bac
             adapted(rough, name)
         assert "\n" not in str(error.value)
         return
-    engine = adapters.engine_of(name, adapters.architecture_of(rough))
+    engine = adapters.engine_of(name, adapters.model_type_of(rough))
     rough, same = adapted(rough, name), adapted(same, name)
     batch = collate(ROWS, layout_of(backbone))
     losses, expected = LoopEngine(same, example_losses)(batch)
@@ -172,7 +173,7 @@ def test_a_saved_adapter_opens_on_the_rounded_backbone(name: str, kind: str, tmp
     with torch.no_grad():
         before = example_losses(model, batch)
     adapters.save(model, tmp_path / "adapter")
-    opened = adapters.load(pair("llama", kind)[0], tmp_path / "adapter")
+    opened = adapters.load_adapter(pair("llama", kind)[0], tmp_path / "adapter")
     with torch.no_grad():
         assert_close_to_largest(example_losses(opened, batch), before)
     assert not any("codes" in path.read_text(errors="ignore") for path in (tmp_path / "adapter").iterdir())
@@ -209,18 +210,19 @@ def test_no_float_weight_is_kept_for_the_backward_pass(kind: str) -> None:
 def test_rounded_layers_keep_the_number_format_of_the_backbone() -> None:
     model = BACKBONES["gpt2"]().to(torch.bfloat16)
     quantize(model, "nf4")
-    assert all(layer.weight.dtype == torch.bfloat16 for layer in rounded_layers(model).values())
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in quantized_layers(model).values())
     losses = example_losses(adapted(model, "lora"), collate(ROWS, layout_of("gpt2")))
     losses.sum().backward()
     assert all(
-        value.grad is not None and value.grad.dtype == torch.float32 for value in adapters.trainable(model).values()
+        value.grad is not None and value.grad.dtype == torch.float32
+        for value in adapters.trainable_parameters(model).values()
     )
 
 
 def test_a_checkpoint_holds_no_rounded_weight() -> None:
     """Their layers own the biases that BitFit trains."""
     model = adapted(pair("gpt2", "int8")[0], "bitfit")
-    assert AdapterState(model).state_dict()["tensors"].keys() == adapters.trainable(model).keys()
+    assert AdapterState(model).state_dict()["tensors"].keys() == adapters.trainable_parameters(model).keys()
 
 
 def test_none_leaves_the_backbone_as_it_is() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptune.config import DataConfig
+from dptune.config.schema import DataConfig
 from dptune.data.readers import READERS, Fault, parts
 
 ROWS: list[dict[str, Any]] = [

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dptune import records
-from dptune.records import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RecordError, RunRecord
+from dptune.records import frame
+from dptune.records import record as records
+from dptune.records.record import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RecordError, RunRecord
 
 
 def metrics(accuracy: float = 0.75) -> Metrics:
@@ -74,24 +75,24 @@ def test_a_corrupt_record_is_named_and_left_out(tmp_path: Path, text: str, messa
     with pytest.raises(RecordError, match=message):
         records.read(tmp_path / "bad")
     with pytest.warns(UserWarning, match="left out .*bad"):
-        assert [item.run_id for item in records.read_all(tmp_path)] == ["abc"]
+        assert [item.run_id for item in frame.read_all(tmp_path)] == ["abc"]
 
 
 def test_records_become_a_table() -> None:
-    frame = records.to_frame([record("a"), record("b")])
-    assert frame["run_id"].tolist() == ["a", "b"]
-    assert frame["metrics.accuracy"].tolist() == [0.75, 0.75]
-    assert frame["config.environment.seed"].tolist() == [0, 0]
+    made = frame.to_frame([record("a"), record("b")])
+    assert made["run_id"].tolist() == ["a", "b"]
+    assert made["metrics.accuracy"].tolist() == [0.75, 0.75]
+    assert made["config.environment.seed"].tolist() == [0, 0]
 
 
 def test_records_of_different_shapes_share_a_table() -> None:
     failed = record("b", status="failed", metrics=None, config={"environment": {"seed": 1}, "method": "x"})
     odd = record("c", config={"environment": 7, "method": None})
-    frame = records.to_frame([record("a"), failed, odd])
-    assert frame["metrics.accuracy"].isna().tolist() == [False, True, False]
-    assert frame["metrics.accuracy_by_task.a"].dropna().tolist() == [0.75, 0.75]
-    assert frame["config.environment.seed"].dropna().tolist() == [0, 1]
-    assert frame["config.environment"].dropna().tolist() == [7]
-    assert frame["config.method"].dropna().tolist() == ["x"]
-    assert frame["parameters.fraction"].tolist() == [0.01] * 3
-    assert frame["privacy.groups"][0] == {"all": GroupPrivacy(10, 1.0)}
+    made = frame.to_frame([record("a"), failed, odd])
+    assert made["metrics.accuracy"].isna().tolist() == [False, True, False]
+    assert made["metrics.accuracy_by_task.a"].dropna().tolist() == [0.75, 0.75]
+    assert made["config.environment.seed"].dropna().tolist() == [0, 1]
+    assert made["config.environment"].dropna().tolist() == [7]
+    assert made["config.method"].dropna().tolist() == ["x"]
+    assert made["parameters.fraction"].tolist() == [0.01] * 3
+    assert made["privacy.groups"][0] == {"all": GroupPrivacy(10, 1.0)}

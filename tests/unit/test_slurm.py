@@ -10,7 +10,7 @@ pytest.importorskip("submitit", reason="needs the extra `slurm`")
 
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-from dptune.slurm import be_quiet_without_accounting
+from dptune.sweeps.slurm import be_quiet_without_accounting
 
 NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
 ACCOUNTING = "echo 'JobID|State|NodeList'; echo '7_0|RUNNING|node1'"

@@ -6,18 +6,18 @@ from backbones_for_tests import tiny_llama
 from numerics import assert_close_to_largest
 from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
-from dptune.data.batches import Layout, collate, example_losses, token_log_probabilities
+from dptune.data.batches import InputFormat, collate, example_losses, token_log_probabilities
 from dptune.data.encoding import encode
 from dptune.data.templates import plain as prompt
 from dptune.models.adapters import set_modes
 from dptune.models.soft_prompts import attach_soft_prompt
-from dptune.preparation import made_up_rows
 from dptune.privacy.engines import ENGINES, checked_engine
-from dptune.privacy.gradients import EngineError, trained
+from dptune.privacy.gradients import EngineError, trainable_parameters
+from dptune.runs.setup import made_up_rows
 
 pytestmark = pytest.mark.numerical
 
-LAYOUT = Layout(pad=0)
+LAYOUT = InputFormat(pad=0)
 PAIRS = [(prompt("which team ?", "reset my code"), "support"), ("x", "no"), (prompt("is it late ?", "kim 12"), "yes")]
 CONFIGS = {
     "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
@@ -44,7 +44,7 @@ def alone(model: torch.nn.Module, pair: tuple[str, str], tokenizer) -> dict[str,
     loss = torch.nn.functional.cross_entropy(
         logits[0, -row.response - 1 : -1], torch.tensor(row.tokens[-row.response :])
     )
-    values = trained(model)
+    values = trainable_parameters(model)
     return dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
 
 
@@ -68,7 +68,7 @@ def test_opacus_on_pefts_own_forward_pass_has_one_row_for_all_records(tokenizer)
     model = attached("prompt", get_peft_model)
     wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
     forgetful(wrapped, collate(encode(PAIRS, tokenizer, 64), LAYOUT)).sum().backward()
-    (parameter,) = trained(model).values()
+    (parameter,) = trainable_parameters(model).values()
     assert parameter.grad_sample.shape[0] == 1 != len(PAIRS)
     assert_close_to_largest(parameter.grad_sample[0], parameter.grad)
     with pytest.raises(EngineError, match=r"shape \(1, 4, 16\)"):

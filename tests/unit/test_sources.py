@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptune.config import Config, ConfigError, is_public, noise_mode, run_id
+from dptune.config.schema import Config, ConfigError, is_public, noise_mode
 from dptune.data import sources
 from dptune.data.readers import DataError
 from dptune.data.schema import Example
 from dptune.data.subsets import Mixture, Smallest
-from dptune.sweep import ROOT
+from dptune.identity import run_id
+from dptune.sweeps.jobs import ROOT
 
 ROW = {
     "task": "team",
@@ -56,7 +57,7 @@ def rows(count: int, **more: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
 def test_a_file_becomes_examples(tmp_path: Path, name: str) -> None:
-    data = sources.load(config(write(tmp_path / name, rows(6))))
+    data = sources.load_dataset(config(write(tmp_path / name, rows(6))))
     assert len(data.train) == 3 and len(data.test) == 3 and not data.public
     assert data.test[0] == Example("team", "which ?", "message 0", ("a", "b"), "a", "7", "test")
     assert [item.input for item in data.test] == ["message 0", "message 2", "message 4"]
@@ -65,7 +66,7 @@ def test_a_file_becomes_examples(tmp_path: Path, name: str) -> None:
 def test_columns_are_mapped_and_missing_ones_have_defaults(tmp_path: Path) -> None:
     plain = [{"question": f"q{index}", "answer": "yes"} for index in range(200)]
     path = write(tmp_path / "x.jsonl", plain)
-    data = sources.load(config(path, columns={"instruction": "question", "output": "answer"}))
+    data = sources.load_dataset(config(path, columns={"instruction": "question", "output": "answer"}))
     assert {item.task for item in data.train} == {"instructions"} and data.train[0].options is None
     assert len(data.train) + len(data.validation) + len(data.test) == 200
     assert 130 < len(data.train) < 190 and 5 < len(data.test) < 40
@@ -74,7 +75,7 @@ def test_columns_are_mapped_and_missing_ones_have_defaults(tmp_path: Path) -> No
 def test_a_column_can_be_a_text_with_fields(tmp_path: Path) -> None:
     made = [{"title": f"t{index}", "body": "b", "task": "not one", "label": index % 2} for index in range(40)]
     columns = {"instruction": "=Is it good?", "input": "={title}: {body}", "output": "label", "task": "="}
-    data = sources.load(config(write(tmp_path / "x.jsonl", made), columns=columns, options=["no", "yes"]))
+    data = sources.load_dataset(config(write(tmp_path / "x.jsonl", made), columns=columns, options=["no", "yes"]))
     assert {(item.instruction, item.task, item.options) for item in data.train} == {
         ("Is it good?", "instructions", ("no", "yes"))
     }
@@ -83,11 +84,11 @@ def test_a_column_can_be_a_text_with_fields(tmp_path: Path) -> None:
 
 def test_the_options_of_the_source_count_positions_only_if_they_are_fixed(tmp_path: Path) -> None:
     made = [{"instruction": "pick", "output": "1", "split": split} for split in ("train", "test")]
-    data = sources.load(config(write(tmp_path / "x.jsonl", made), options=["no", "yes"]))
+    data = sources.load_dataset(config(write(tmp_path / "x.jsonl", made), options=["no", "yes"]))
     assert data.train[0].output == "yes"
     own = [{**row, "options": ["no", "yes"]} for row in made]
     with pytest.raises(DataError, match="field 'output' is not among the options"):
-        sources.load(config(write(tmp_path / "y.jsonl", own)))
+        sources.load_dataset(config(write(tmp_path / "y.jsonl", own)))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_the_options_of_the_source_count_positions_only_if_they_are_fixed(tmp_pa
 def test_a_malformed_record_names_file_line_and_field(tmp_path: Path, row: Any, fields: Any, message: str) -> None:
     path = write(tmp_path / "bad.jsonl", [ROW, row])
     with pytest.raises(DataError, match=message) as caught:
-        sources.load(config(path, **fields))
+        sources.load_dataset(config(path, **fields))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert isinstance(caught.value, ConfigError)
 
@@ -128,7 +129,7 @@ def test_bad_records_are_skipped_counted_and_listed_on_request(tmp_path: Path) -
     lines = [json.dumps(row).encode() if isinstance(row, dict) else row for row in [*rows(10), *bad[1:], *rows(4)]]
     path = tmp_path / "some.jsonl"
     path.write_bytes(b"\n".join([*lines, b"{broken"]))
-    data = sources.load(config(path, on_bad="skip"))
+    data = sources.load_dataset(config(path, on_bad="skip"))
     assert len(data.train) == 7 and len(data.test) == 7
     assert data.skipped.count == 4
     assert [message.removeprefix(f"{path}: ").split(" (")[0] for message in data.skipped.messages] == [
@@ -137,13 +138,13 @@ def test_bad_records_are_skipped_counted_and_listed_on_request(tmp_path: Path) -
         "line 13 is not UTF-8",
         "line 18 is not JSON",
     ]
-    clean = sources.load(config(write(tmp_path / "clean.jsonl", [*rows(10), *rows(4)])))
+    clean = sources.load_dataset(config(write(tmp_path / "clean.jsonl", [*rows(10), *rows(4)])))
     assert clean.skipped.count == 0 and clean.train == data.train and "skipped" not in repr(data)
 
 
 def test_the_list_of_bad_records_is_bounded(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [*rows(4), *["[]"] * (sources.LISTED + 5)])
-    skipped = sources.load(config(path, on_bad="skip")).skipped
+    skipped = sources.load_dataset(config(path, on_bad="skip")).skipped
     assert skipped.count == sources.LISTED + 5 and len(skipped.messages) == sources.LISTED
 
 
@@ -152,37 +153,37 @@ def test_a_truncated_gzip_and_another_encoding_are_named(tmp_path: Path) -> None
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cut.jsonl.gz: not readable after line"):
-        sources.load(config(cut))
-    rest = sources.load(config(cut, on_bad="skip"))
+        sources.load_dataset(config(cut))
+    rest = sources.load_dataset(config(cut, on_bad="skip"))
     assert 0 < len(rest.train) < 1000 and rest.skipped.count == 1
     (tmp_path / "latin.jsonl").write_bytes('{"instruction": "é"}\n'.encode("latin-1"))
     with pytest.raises(DataError, match="latin.jsonl: line 1 is not UTF-8"):
-        sources.load(config(tmp_path / "latin.jsonl"))
+        sources.load_dataset(config(tmp_path / "latin.jsonl"))
     (tmp_path / "wide.jsonl").write_text('{"instruction": "e"}\n', encoding="utf-16")
     with pytest.raises(DataError, match="wide.jsonl: line 1 is not UTF-8"):
-        sources.load(config(tmp_path / "wide.jsonl"))
+        sources.load_dataset(config(tmp_path / "wide.jsonl"))
 
 
 def test_an_identifier_that_occurs_twice_is_named(tmp_path: Path) -> None:
     made = [{**row, "key": index // 5 * 5} for index, row in enumerate(rows(6))]
     path = write(tmp_path / "x.jsonl", made)
     with pytest.raises(DataError, match="x.jsonl: line 2: field 'key' has occurred before"):
-        sources.load(config(path, columns={"id": "key"}))
-    kept = sources.load(config(path, columns={"id": "key"}, on_bad="skip"))
+        sources.load_dataset(config(path, columns={"id": "key"}))
+    kept = sources.load_dataset(config(path, columns={"id": "key"}, on_bad="skip"))
     assert kept.skipped.count == 4 and len(kept.train) == len(kept.test) == 1
     # Without identifiers equal records are records: each is a unit of its own.
-    twice = sources.load(config(write(tmp_path / "y.jsonl", rows(6) * 2)))
+    twice = sources.load_dataset(config(write(tmp_path / "y.jsonl", rows(6) * 2)))
     assert len(twice.train) == 6
 
 
 def test_a_user_in_two_splits_is_an_error_when_users_are_protected(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", rows(4))
-    assert len(sources.load(config(path)).train) == 2
+    assert len(sources.load_dataset(config(path)).train) == 2
     protected = config(path)
     protected.privacy.unit = "user_uls"
     for wanted in (protected, config(path, split_by="user")):
         with pytest.raises(DataError, match="line 2: field 'user': the same user is in test and in train; repair"):
-            sources.load(wanted)
+            sources.load_dataset(wanted)
 
 
 def test_a_long_record_is_bad_on_request_only(tmp_path: Path) -> None:
@@ -191,55 +192,55 @@ def test_a_long_record_is_bad_on_request_only(tmp_path: Path) -> None:
     def tokens(example: Example) -> int:
         return len(example.input)
 
-    assert len(sources.load(config(path), tokens).train) == 3
+    assert len(sources.load_dataset(config(path), tokens).train) == 3
     with pytest.raises(DataError, match="line 5: 200 tokens are more than environment.sequence_length=96"):
-        sources.load(config(path, on_long="error"), tokens)
-    kept = sources.load(config(path, on_long="error", on_bad="skip"), tokens)
+        sources.load_dataset(config(path, on_long="error"), tokens)
+    kept = sources.load_dataset(config(path, on_long="error", on_bad="skip"), tokens)
     assert len(kept.train) == 2 and kept.skipped.count == 1
     with pytest.raises(ValueError, match="needs the argument tokens"):
-        sources.load(config(path, on_long="error"))
+        sources.load_dataset(config(path, on_long="error"))
 
 
 def test_an_empty_split_and_an_unknown_task_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{**ROW, "split": "train"}])
     with pytest.raises(DataError, match="the test split is empty; .*data.splits"):
-        sources.load(config(path))
+        sources.load_dataset(config(path))
     with pytest.raises(DataError, match="no record has the task nope"):
-        sources.load(config(write(tmp_path / "y.jsonl", rows(4)), tasks=["nope"]))
+        sources.load_dataset(config(write(tmp_path / "y.jsonl", rows(4)), tasks=["nope"]))
 
 
 def test_the_split_by_content_moves_no_other_record(tmp_path: Path) -> None:
     plain = [{"instruction": f"q{index}", "output": "yes"} for index in range(100)]
-    whole = sources.load(config(write(tmp_path / "x.jsonl", plain)))
-    fewer = sources.load(config(write(tmp_path / "y.jsonl", plain[1:])))
+    whole = sources.load_dataset(config(write(tmp_path / "x.jsonl", plain)))
+    fewer = sources.load_dataset(config(write(tmp_path / "y.jsonl", plain[1:])))
     assert {item.instruction for item in fewer.train} == {item.instruction for item in whole.train} - {"q0"}
 
 
 def test_the_split_by_user_keeps_users_whole_and_moves_no_other(tmp_path: Path) -> None:
     plain = [{"instruction": f"q{index}", "output": "yes", "user": f"u{index % 600}"} for index in range(1200)]
-    whole = sources.load(config(write(tmp_path / "x.jsonl", plain), split_by="user"))
+    whole = sources.load_dataset(config(write(tmp_path / "x.jsonl", plain), split_by="user"))
     users = [{item.user for item in split} for split in (whole.train, whole.validation, whole.test)]
     assert sum(map(len, users)) == 600 and len(set.union(*users)) == 600 and 440 < len(users[0]) < 520
     fewer = [row for row in plain if row["user"] != "u0"]
-    again = sources.load(config(write(tmp_path / "y.jsonl", fewer), split_by="user"))
+    again = sources.load_dataset(config(write(tmp_path / "y.jsonl", fewer), split_by="user"))
     assert {item.user for item in again.train} == users[0] - {"u0"}
 
 
 def test_splits_of_the_source_are_renamed_left_out_or_made_anew(tmp_path: Path) -> None:
     made = [{**ROW, "input": str(index), "split": name} for index in range(100) for name in ("learn", "dev", "secret")]
     path = write(tmp_path / "x.jsonl", made)
-    data = sources.load(config(path, splits=["learn:train", "dev:test"]))
+    data = sources.load_dataset(config(path, splits=["learn:train", "dev:test"]))
     assert (len(data.train), len(data.validation), len(data.test)) == (100, 0, 100)
-    data = sources.load(config(path, splits=["learn:hash"]))
+    data = sources.load_dataset(config(path, splits=["learn:hash"]))
     assert len(data.train) + len(data.validation) + len(data.test) == 100 and data.validation and data.test
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
-    one = sources.load(config(write(tmp_path / "a.jsonl", rows(6)))).fingerprint
-    assert one == sources.load(config(write(tmp_path / "b.jsonl", rows(6)))).fingerprint
+    one = sources.load_dataset(config(write(tmp_path / "a.jsonl", rows(6)))).fingerprint
+    assert one == sources.load_dataset(config(write(tmp_path / "b.jsonl", rows(6)))).fingerprint
     changed = rows(6)
     changed[0] = {**ROW, "input": "other", "split": "test"}
-    assert one != sources.load(config(write(tmp_path / "c.jsonl", changed))).fingerprint
+    assert one != sources.load_dataset(config(write(tmp_path / "c.jsonl", changed))).fingerprint
 
 
 def test_a_folder_and_a_pattern_are_read_file_by_file(tmp_path: Path) -> None:
@@ -249,25 +250,25 @@ def test_a_folder_and_a_pattern_are_read_file_by_file(tmp_path: Path) -> None:
     write(folder / "train.jsonl", unsplit[:4])
     write(folder / "test.jsonl.gz", unsplit[4:])
     (folder / "README.md").write_text("words")
-    data = sources.load(config(folder))
+    data = sources.load_dataset(config(folder))
     assert (len(data.train), len(data.test)) == (4, 2)
     pattern = config(f"{folder}/t*.jsonl*")
-    assert sources.load(pattern).train == data.train
+    assert sources.load_dataset(pattern).train == data.train
     before = run_id(pattern)
     write(folder / "test2.jsonl", unsplit[:1])
     assert run_id(pattern) != before
     with pytest.raises(DataError, match="README.md: not a kind of file that can be read; use .jsonl"):
-        sources.load(config(folder / "README.md"))
+        sources.load_dataset(config(folder / "README.md"))
 
 
 def test_public_data_is_said_to_be_public(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", rows(4))
     assert not is_public(config(path).data) and is_public(Config().data)
     public = config(path, public=True)
-    assert sources.load(public).public and noise_mode(public) == "reproducible"
+    assert sources.load_dataset(public).public and noise_mode(public) == "reproducible"
     public.compute.output_root = str(tmp_path / "elsewhere")
     assert run_id(public) == run_id(config(path, public=True)) and not (tmp_path / "elsewhere").exists()
-    assert sources.load(public).fingerprint != sources.load(config(path)).fingerprint
+    assert sources.load_dataset(public).fingerprint != sources.load_dataset(config(path)).fingerprint
 
 
 examples = st.lists(st.integers(0, 50), max_size=80).map(
@@ -317,10 +318,10 @@ def test_a_mixture_has_the_stated_proportions(found: list[Example], size: int | 
 def test_task_weights_change_training_only(tmp_path: Path) -> None:
     made = [{**row, "task": "abc"[index // 2 % 3]} for index, row in enumerate(rows(120))]
     path = write(tmp_path / "x.jsonl", made)
-    data = sources.load(config(path, tasks=["b", "a"], task_weights=[1.0, 3.0], train_size=20))
+    data = sources.load_dataset(config(path, tasks=["b", "a"], task_weights=[1.0, 3.0], train_size=20))
     assert Counter(item.task for item in data.train) == {"a": 15, "b": 5}
     assert Counter(item.task for item in data.test) == {"a": 20, "b": 20}
-    most = sources.load(config(path, tasks=["b", "a"], task_weights=[1.0, 3.0]))
+    most = sources.load_dataset(config(path, tasks=["b", "a"], task_weights=[1.0, 3.0]))
     assert Counter(item.task for item in most.train) == {"a": 20, "b": 6}
 
 
@@ -348,23 +349,23 @@ def test_conversation_trees_become_pairs_with_the_user_of_the_reply(tmp_path: Pa
     wanted = config(
         write(tmp_path / "x.jsonl", trees()), columns=columns, layout="messages", split_by="user", tasks=["en"]
     )
-    data = sources.load(wanted)
+    data = sources.load_dataset(wanted)
     found = [*data.train, *data.validation, *data.test]
     assert len(found) == 30 * 3 and {item.task for item in found} == {"en"}
     one = next(item for item in found if item.output == "assistant says 3 in 1")
     assert one.instruction == "prompter says 2 in 1" and one.user == "u3-1"
     broken = [{**row, "parent_id": "gone"} if row["message_id"] == "m0.1" else row for row in trees()]
     with pytest.raises(DataError, match="line 2: field 'parent_id' names no message"):
-        sources.load(config(write(tmp_path / "y.jsonl", broken), columns=columns, layout="messages"))
+        sources.load_dataset(config(write(tmp_path / "y.jsonl", broken), columns=columns, layout="messages"))
     with pytest.raises(DataError, match="line 1: field 'message_tree_id' is missing; data.layout=messages needs it"):
-        sources.load(config(write(tmp_path / "z.jsonl", rows(4)), layout="messages"))
+        sources.load_dataset(config(write(tmp_path / "z.jsonl", rows(4)), layout="messages"))
 
 
 def preset(name: str, *overrides: str) -> Config:
     from hydra import compose, initialize_config_dir
 
-    from dptune.config import strict
-    from dptune.sweep import without_hydra
+    from dptune.config.checks import strict
+    from dptune.sweeps.expand import without_hydra
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return strict(without_hydra(compose("config", [f"data={name}", *overrides])))
@@ -435,19 +436,19 @@ def test_a_preset_of_the_hub_reads_what_was_saved_to_disk(name: str, tmp_path: P
     wanted = preset(name, f"data.path={tmp_path / 'saved'}", "hyperparameter.expected_batch_size=2")
     if wanted.data.splits == ["train:hash"]:
         wanted.data.splits = None
-    data = sources.load(wanted)
+    data = sources.load_dataset(wanted)
     assert data.train == [expected] * 2 and len(data.test) == 2 and data.public
 
 
 def test_a_saved_data_set_of_one_split_is_split_here(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the extra hub: pip install 'dptune[hub]'")
     datasets.Dataset.from_list(trees()).save_to_disk(tmp_path / "saved")
-    data = sources.load(preset("oasst1", f"data.path={tmp_path / 'saved'}"))
+    data = sources.load_dataset(preset("oasst1", f"data.path={tmp_path / 'saved'}"))
     users = [{item.user for item in split} for split in (data.train, data.test)]
     assert users[0] and users[1] and not users[0] & users[1]
     (tmp_path / "saved" / "state.json").write_text("{}")
     with pytest.raises(DataError, match="is no folder of save_to_disk"):
-        sources.load(preset("oasst1", f"data.path={tmp_path / 'saved'}"))
+        sources.load_dataset(preset("oasst1", f"data.path={tmp_path / 'saved'}"))
 
 
 def test_a_name_of_the_hub_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -455,7 +456,7 @@ def test_a_name_of_the_hub_without_network_is_one_line(monkeypatch: pytest.Monke
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(DataError, match="data.hub_id=databricks/databricks-dolly-15k cannot be read from the Hub") as e:
-        sources.load(preset("dolly"))
+        sources.load_dataset(preset("dolly"))
     assert "\n" not in str(e.value) and "save_to_disk" in str(e.value)
 
 
@@ -467,12 +468,12 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     extra = [f"data.path={tmp_path / 'x.parquet'}"] if name == "files" else []
     with pytest.raises(ConfigError, match=r"needs the extra `hub`: pip install 'dptune\[hub\]'"):
-        sources.load(preset(name, *extra))
+        sources.load_dataset(preset(name, *extra))
 
 
 MEASURE = """
 import sys, tracemalloc
-from dptune.config import Config
+from dptune.config.schema import Config
 from dptune.data import sources
 config = Config()
 config.data.name, config.data.path = "files", sys.argv[1]
@@ -482,7 +483,7 @@ arrow = None
 if config.data.path.endswith(".parquet"):
     import pyarrow as arrow, pyarrow.parquet
 tracemalloc.start()
-data = sources.load(config)
+data = sources.load_dataset(config)
 assert len(data.train) == 100 and len(data.test) == 100 and "torch" not in sys.modules
 print(tracemalloc.get_traced_memory()[1] + (arrow.default_memory_pool().max_memory() if arrow else 0))
 """
@@ -546,7 +547,7 @@ def test_real_instruction_files_load(
     wanted.compute.output_root = str(tmp_path)
     if with_users:
         wanted.privacy.unit = "user_els"  # so that a user in two splits would be found
-    data = sources.load(wanted)
+    data = sources.load_dataset(wanted)
     assert len(data.train) == train and data.validation and data.test and data.skipped.count == 0
     assert any(item.options for item in data.train) == with_options
     assert all(item.user for item in data.train) == with_users
@@ -565,7 +566,7 @@ def test_real_instruction_files_load(
     ],
 )
 def test_presets_lack_nothing_but_the_path(name: str, file: str, train: int, options: int, tmp_path: Path) -> None:
-    data = sources.load(preset(name, f"data.path={REAL / file}.jsonl.gz", f"compute.output_root={tmp_path}"))
+    data = sources.load_dataset(preset(name, f"data.path={REAL / file}.jsonl.gz", f"compute.output_root={tmp_path}"))
     assert len(data.train) == train and max(len(item.options or ()) for item in data.train) == options
 
 
@@ -578,5 +579,5 @@ def test_a_real_mixture_of_free_form_and_options_has_the_stated_weights(tmp_path
         "data.train_size=4000",
         "data.task_weights=[1,3]",
     )
-    found = Counter((item.task, item.options is None) for item in sources.load(wanted).train)
+    found = Counter((item.task, item.options is None) for item in sources.load_dataset(wanted).train)
     assert found == {("irc/conversation_start", False): 1000, ("irc/support_reply", True): 3000}

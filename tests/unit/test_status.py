@@ -2,17 +2,17 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dptune import records, status
-from dptune.lease import claimed
-from dptune.records import RecordError, RunRecord, code_version, summaries, summary
-from dptune.sweep import load
+from dptune.records.code import code_version
+from dptune.records.lock import locked
+from dptune.records.record import RecordError, RunRecord, run_state, run_states
+from dptune.sweeps import status
+from dptune.sweeps.expand import jobs_of_sweep
 
 ARGUMENTS = ["environment.seed=0,1,2", "privacy=none"]
 
@@ -25,14 +25,14 @@ def write(folder: Path, state: str, **changes: object) -> Path:
 
 
 def test_every_state_of_a_sweep_is_told_apart(tmp_path: Path) -> None:
-    jobs = load("smoke", ["environment.seed=range(6)", "privacy=none", f"compute.output_root={tmp_path}"])
+    jobs = jobs_of_sweep("smoke", ["environment.seed=range(6)", "privacy=none", f"compute.output_root={tmp_path}"])
     done, stale, running, killed, failed, missing = (tmp_path / job.run_id for job in jobs)
     write(done, "done")
     write(stale, "done", code="older")
     write(running, "running")
     write(killed, "running")
     write(failed, "failed", error='ValueError: "too", much', code="older")
-    with claimed(running):
+    with locked(running):
         text = status.of_sweep("smoke", jobs, ["environment.seed=range(6)"])
     lines = text.splitlines()
     assert lines[0] == "Sweep smoke: 6 runs: 1 done, 1 stale, 1 running, 1 interrupted, 1 failed, 1 missing"
@@ -53,7 +53,7 @@ def test_every_state_of_a_sweep_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_sweep_that_is_done_needs_nothing(tmp_path: Path) -> None:
-    jobs = load("smoke", [*ARGUMENTS, f"compute.output_root={tmp_path}"])
+    jobs = jobs_of_sweep("smoke", [*ARGUMENTS, f"compute.output_root={tmp_path}"])
     for job in jobs:
         write(tmp_path / job.run_id, "done")
     assert status.of_sweep("smoke", jobs, ARGUMENTS) == "Sweep smoke: 3 runs: 3 done"
@@ -76,32 +76,20 @@ def test_a_folder_is_shown_sweep_by_sweep(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ['a "quoted", name\nof two lines', "null", ' "error": 3,'])
 def test_a_summary_is_what_the_record_says(tmp_path: Path, text: str) -> None:
     write(tmp_path / "a", "failed", error=text, sweep=text)
-    fast = summary(tmp_path / "a")
+    fast = run_state(tmp_path / "a")
     path = tmp_path / "a" / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text())))
-    assert summary(tmp_path / "a") == fast
+    assert run_state(tmp_path / "a") == fast
     assert fast is not None and (fast.status, fast.error, fast.sweep, fast.code) == (
         "failed",
         text,
         text,
         code_version(),
     )
-    assert summary(tmp_path / "b") is None
+    assert run_state(tmp_path / "b") is None
     path.write_text("[]")
-    (found,) = summaries(tmp_path)
+    (found,) = run_states(tmp_path)
     assert isinstance(found, RecordError) and found.folder == tmp_path / "a"
-
-
-def test_the_version_of_the_code_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "dptune"
-    shutil.copytree(Path(records.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
-    version = code_version.__wrapped__
-    assert version() == code_version()
-    (package / "report" / "tables.py").write_text("")
-    assert version() == code_version()
-    (package / "privacy" / "plan.py").write_text("")
-    assert version() != code_version()
 
 
 def test_ten_thousand_records_take_a_second_of_computing(tmp_path: Path) -> None:

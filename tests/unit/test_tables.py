@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from report.planted import PLAN, TASKS
 
-from dptune import sweep
 from dptune.privacy.accounting import Event, rounded_up
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, epsilon_all, score_event
-from dptune.records import Cost, Metrics, Parameters, Privacy, RunRecord, code_version, read
+from dptune.records.code import code_version
+from dptune.records.record import Cost, Metrics, Parameters, Privacy, RunRecord, read
 from dptune.report.commands import figures, table, tables
 from dptune.report.render import great, markdown, to_csv, to_latex, write
-from dptune.report.results import Results, load, of_sweep
+from dptune.report.results import Results, load_results, of_sweep
 from dptune.report.tables import comparison_table, cost_table, main_table, run_table, task_table
-from dptune.sweep import Job
-from dptune.sweep import load as jobs_of
+from dptune.sweeps import expand as sweep
+from dptune.sweeps.expand import jobs_of_sweep as jobs_of
+from dptune.sweeps.jobs import Job
 
 
 def finish(job: Job, accuracy: float, root: Path, sweep: str = "smoke") -> None:
@@ -46,7 +47,7 @@ def smoke(root: Path, *overrides: str) -> list[Job]:
 
 
 def shown(root: Path, jobs: list[Job]) -> str:
-    return markdown(main_table("smoke", of_sweep("smoke", jobs, load(root))))
+    return markdown(main_table("smoke", of_sweep("smoke", jobs, load_results(root))))
 
 
 def test_a_table_shows_means_intervals_floor_and_ceiling(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_begun_transcripts_and_superseded_runs_count_in_the_epsilon_of_all(tmp_p
     record.privacy.attempts = 3
     record.write(tmp_path / jobs[0].run_id)
     together = rounded_up(epsilon_all([PLAN.events()] * 4, 1e-5))
-    text = markdown(main_table("smoke", of_sweep("smoke", jobs[:1], load(tmp_path))))
+    text = markdown(main_table("smoke", of_sweep("smoke", jobs[:1], load_results(tmp_path))))
     assert f"and 2 transcripts that were begun before, is {together:.3f}" in text
     assert "1 of 1 runs done, 1 superseded" in text and "privacy=uniform (superseded)" not in text.splitlines()[5]
 
@@ -276,7 +277,7 @@ def test_runs_on_other_data_are_never_averaged(tmp_path: Path) -> None:
 def everything(root: Path) -> Results:
     for job in smoke(root):
         finish(job, 0.8 + 0.1 * job.config.environment.seed, root)
-    return load(root)
+    return load_results(root)
 
 
 def test_a_table_of_all_dimensions_names_its_rows_floor_and_ceiling(tmp_path: Path) -> None:

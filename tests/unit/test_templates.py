@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from dptune.config import ConfigError
+from dptune.config.schema import ConfigError
 from dptune.data.schema import Example
 from dptune.data.templates import prompt_of, response_of, token_counter
 

@@ -13,11 +13,11 @@ import pytest
 from report.planted import compare, config, plant
 
 from dptune.cli import main
-from dptune.config import run_id
-from dptune.records import RunRecord
+from dptune.identity import run_id
+from dptune.records.record import RunRecord
 from dptune.report import commands
 from dptune.report.render import markdown
-from dptune.report.results import load
+from dptune.report.results import load_results
 from dptune.report.tables import NONE, Cell, Column, Parts, Table, main_table
 from dptune.report.terminal import NARROWEST, WIDEST, narrow, width_of, wrapped
 
@@ -27,7 +27,7 @@ WIDTHS = (NARROWEST, 72, 80, 92, WIDEST)
 
 @pytest.fixture(scope="module")
 def sample() -> Table:
-    return main_table("sample", load(SAMPLE), "Sweep sample")
+    return main_table("sample", load_results(SAMPLE), "Sweep sample")
 
 
 def grid(text: str) -> tuple[list[str], list[list[list[str]]]]:
@@ -138,7 +138,7 @@ def test_what_rows_do_not_share_is_said_in_them(tmp_path: Path) -> None:
     for seed in range(3):
         plant(tmp_path, config("uniform", seed), 0.5, 0.4)
     plant(tmp_path, config("adaptive", 0), 0.6, 0.5, stand_in=False)
-    text = narrow(main_table("t", load(tmp_path)))
+    text = narrow(main_table("t", load_results(tmp_path)))
     heads, (floor, *rows) = grid(text)
     told = {joined(row[1]): row for row in rows}
     assert heads[2:4] == ["accuracy [95 %] (n) ↑", "difference by seed [95 %] ↑"]
@@ -156,7 +156,7 @@ def test_missing_and_failed_runs_are_seen(tmp_path: Path) -> None:
     plant(tmp_path, config("uniform", 0), 0.5, 0.4)
     for made, status in ((config("uniform", 1), "failed"), (config("none", 0), "running")):
         RunRecord(run_id(made), status, dataclasses.asdict(made), "planted", error="x").write(tmp_path / run_id(made))
-    table = main_table("t", load(tmp_path))
+    table = main_table("t", load_results(tmp_path))
     for width in WIDTHS:
         _, (_, first, second) = grid(narrow(table, width))
         assert joined(first[2]).endswith("]1failed") and joined(second[2]) == "1runningorstopped"
@@ -173,7 +173,7 @@ def test_text_metrics_stay_where_there_is_room(tmp_path: Path) -> None:
     assert made.metrics is not None
     made.metrics.bleu, made.metrics.rouge_l = 12.3, 0.25
     made.write(tmp_path / made.run_id)
-    table = main_table("t", load(tmp_path))
+    table = main_table("t", load_results(tmp_path))
     heads, (_, row) = grid(narrow(table))
     assert "BLEU ↑" in heads and ["12.3"] in row and ["0.250"] in row and "trainable (%) ↓" in heads
 

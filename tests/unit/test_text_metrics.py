@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dptune.text_metrics import Written, bleu, by_task, rouge_l
+from dptune.evaluation import Written, bleu, by_task, rouge_l
 
 pytest.importorskip("sacrebleu", reason="make setup EXTRAS=text, or make test")
 pytest.importorskip("rouge_score", reason="make setup EXTRAS=text, or make test")

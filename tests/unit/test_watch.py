@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dptune import watch
-from dptune.config import Config
-from dptune.lease import claimed
-from dptune.records import Metrics, Privacy, RunRecord
-from dptune.sweep import Job
-from dptune.watch import Watch, look_on
+from dptune.config.schema import Config
+from dptune.records.lock import locked
+from dptune.records.record import Metrics, Privacy, RunRecord
+from dptune.runs import watch
+from dptune.runs.watch import Watch, look_on
+from dptune.sweeps.jobs import Job
 
 FAILED = "ValueError: no"
 
@@ -46,7 +46,7 @@ def test_each_run_is_a_line_when_its_record_appears(
     jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("dptune.watch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dptune.runs.watch.time.monotonic", lambda: now[0])
     seen = Watch(jobs, total=10, workers=1)
     seen.look()
     write(tmp_path, "a", "running")
@@ -121,10 +121,10 @@ def test_a_watcher_sees_runs_of_others_to_their_end(
     write(tmp_path, "a", "done", epsilon=1.0)
     words: list[str] = []
     monkeypatch.setattr(watch, "EVERY", 0.01)
-    monkeypatch.setattr("dptune.watch.Display.show", lambda self, done, text: words.append(text))
+    monkeypatch.setattr("dptune.runs.watch.Display.show", lambda self, done, text: words.append(text))
 
     def others() -> None:
-        with claimed(tmp_path / "b"):
+        with locked(tmp_path / "b"):
             write(tmp_path, "b", "running")
             (tmp_path / "b" / "history.jsonl").write_text(
                 json.dumps({"step": 1}) + "\n" + json.dumps({"step": 2}) + "\n"

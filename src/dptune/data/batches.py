@@ -32,7 +32,7 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
+class InputFormat:
     """How a backbone reads an example."""
 
     pad: int
@@ -56,13 +56,13 @@ class Layout:
     Tokens get one column more, which is padding in every row: a batch without any would be given to other kernels."""
 
 
-def collate(rows: Sequence[Encoded], layout: Layout, device: torch.device | str = "cpu") -> Batch:
+def collate(rows: Sequence[Encoded], layout: InputFormat, device: torch.device | str = "cpu") -> Batch:
     """A batch of rows in the layout of their backbone."""
     arrays = _LAYOUTS[layout.architecture](rows, layout)
     return {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
 
 
-def _decoder(rows: Sequence[Encoded], layout: Layout) -> dict[str, NDArray[np.int64]]:
+def _decoder(rows: Sequence[Encoded], layout: InputFormat) -> dict[str, NDArray[np.int64]]:
     labels = [row.tokens[len(row.tokens) - row.response :] for row in rows]
     mask = _padded([(1,) * len(row.tokens) for row in rows], 0, _plus(layout.length, 1), left=True)
     return {
@@ -73,7 +73,7 @@ def _decoder(rows: Sequence[Encoded], layout: Layout) -> dict[str, NDArray[np.in
     }
 
 
-def _encoder(rows: Sequence[Encoded], layout: Layout) -> dict[str, NDArray[np.int64]]:
+def _encoder(rows: Sequence[Encoded], layout: InputFormat) -> dict[str, NDArray[np.int64]]:
     assert layout.mask is not None
     tokens, labels, positions = [], [], []
     for row in rows:
@@ -99,7 +99,7 @@ def _encoder(rows: Sequence[Encoded], layout: Layout) -> dict[str, NDArray[np.in
     return batch
 
 
-def _encoder_decoder(rows: Sequence[Encoded], layout: Layout) -> dict[str, NDArray[np.int64]]:
+def _encoder_decoder(rows: Sequence[Encoded], layout: InputFormat) -> dict[str, NDArray[np.int64]]:
     assert layout.start is not None and layout.end is not None
     prompts = [(*row.tokens[: len(row.tokens) - row.response], layout.end) for row in rows]
     labels = [row.tokens[len(row.tokens) - row.response :] for row in rows]

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
-from dptune.config import ConfigError, DataSensitivityConfig
+from dptune.config.schema import ConfigError, DataSensitivityConfig
 from dptune.data.schema import Example
 from dptune.data.subsets import content, uniform
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dptune.config import SPLITS, ColumnsConfig, DataConfig, split_names
+from dptune.config.schema import SPLITS, ColumnsConfig, DataConfig, split_names
 from dptune.data.readers import Row
 from dptune.data.schema import Example
 

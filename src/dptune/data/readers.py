@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dptune.config import ConfigError, DataConfig, data_files, split_names
-from dptune.extras import require
+from dptune.config.extras import require
+from dptune.config.files import data_files
+from dptune.config.schema import ConfigError, DataConfig, split_names
 
 
 class DataError(ConfigError):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
-from dptune.config import SPLITS, SUPPORTDESK, Config, DataConfig, is_public, keyed_hash, local_key
+from dptune.config.schema import SPLITS, Config, DataConfig, is_public
 from dptune.data.conditions import apply_to_test, apply_to_training
 from dptune.data.mapping import BadRecord, ColumnMapping
 from dptune.data.readers import LAYOUTS, DataError, Fault, parts
 from dptune.data.schema import Example
 from dptune.data.subsets import Mixture, Smallest
+from dptune.data.supportdesk import generate, held_out
+from dptune.identity import keyed_hash, local_key
 
 LISTED = 1000
 """Number of bad records that are listed; all are counted."""
@@ -49,7 +51,7 @@ class Dataset:
         return keyed_hash(self.key, (json.dumps(astuple(example)) for split in splits for example in split))
 
 
-def load(config: Config, tokens: Callable[[Example], int] | None = None) -> Dataset:
+def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None) -> Dataset:
     """The data of a run, with its conditions applied.
 
     Args:
@@ -75,7 +77,7 @@ def load(config: Config, tokens: Callable[[Example], int] | None = None) -> Data
 
     train, validation, test = training.examples(), kept["validation"].examples(), kept["test"].examples()
     train = apply_to_training(train, config.data_sensitivity, data.seed)
-    test = apply_to_test(test, config.data_sensitivity, data.seed, REWORDINGS.get(data.name))
+    test = apply_to_test(test, config.data_sensitivity, data.seed, SOURCES.get(data.name, FILES).reword)
     for split, examples in (("train", train), ("test", test)):
         if not examples:
             raise DataError(
@@ -93,7 +95,7 @@ def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: S
     if data.on_long == "error" and tokens is None:
         raise ValueError("load needs the argument tokens for data.on_long=error")
     split_of_user: dict[str, str] = {}
-    for where, item in (_embedded if data.name == SUPPORTDESK else _mapped)(data):
+    for where, item in SOURCES.get(data.name, FILES).read(data):
         problem = item.message if isinstance(item, Fault) else None
         if isinstance(item, Example):
             if tokens is not None and data.on_long == "error":
@@ -145,23 +147,33 @@ def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
             yield where, example
 
 
-def _embedded(data: DataConfig) -> Iterator[tuple[str, Example]]:
+def _supportdesk(data: DataConfig) -> Iterator[tuple[str, Example]]:
     """The customer-support desk."""
-    from dptune.data.supportdesk import generate
-
     sizes = {
         split: size for split, size in ((split, getattr(data, f"{split}_size")) for split in SPLITS) if size is not None
     }
     for split, examples in generate(data.organisation, data.seed, **sizes).items():
         for number, example in enumerate(examples, start=1):
-            yield f"{SUPPORTDESK} {split}: record {number}:", example
+            yield f"{data.name} {split}: record {number}:", example
 
 
-def _held_out(example: Example, choice: float) -> Example:
-    from dptune.data.supportdesk import held_out
+@dataclass(frozen=True)
+class Source:
+    """Where records come from."""
 
-    return held_out(example, choice)
+    read: Callable[[DataConfig], Iterator[tuple[str, Example | Fault]]]
+    """Each record, or what is wrong with it, with its place for people."""
+    reword: Callable[[Example, float], Example] | None = None
+    """The same record with a wording that no training record has, by a number in [0, 1)."""
+    public: Callable[[DataConfig], DataConfig] | None = None
+    """Config of public records of the same kind, which may be looked at for free."""
 
 
-REWORDINGS: dict[str, Callable[[Example, float], Example]] = {SUPPORTDESK: _held_out}
-"""Sources that know wordings which no training record has."""
+FILES = Source(_mapped)
+
+SOURCES: Mapping[str, Source] = {
+    "supportdesk": Source(
+        _supportdesk, reword=held_out, public=lambda data: replace(data, organisation="dev", on_long="truncate")
+    ),
+}
+"""What makes each of `config.schema.EMBEDDED_DATA`; data of any other name is read from files."""

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 from collections.abc import Mapping
 
-from dptune.config import ConfigError
+from dptune.config.schema import ConfigError
 from dptune.data.schema import Example
 
 
@@ -21,7 +21,7 @@ def uniform(seed: int, purpose: str, *texts: str) -> float:
 
 
 def content(example: Example) -> tuple[str, ...]:
-    """What of a record decides about it."""
+    """The parts of a record that its key is made of."""
     return (example.task, example.instruction, example.input, example.output)
 
 

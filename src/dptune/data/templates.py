@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dptune.config import ConfigError
+from dptune.config.schema import ConfigError
 from dptune.data.schema import Example
 
 if TYPE_CHECKING:

@@ -1,95 +1,43 @@
-"""The projection subspaces: which parameters are trained. One table of adapters, and what is done with them."""
+"""Which parameters are trained: an adapter is attached, counted, changed after a step, saved and loaded.
+
+The kinds are `dptune.config.adapters.ADAPTERS`; a row there names the functions that are called here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from dptune.config import ADAPTERS, AdapterConfig, ConfigError, EnvironmentConfig, check_adapter
+from dptune.config.adapters import ADAPTERS
+from dptune.config.checks import check_adapter
+from dptune.config.schema import AdapterConfig, ConfigError, EnvironmentConfig
 from dptune.models import own_adapters, peft_adapters
-from dptune.models.layers import ARCHITECTURES, architecture_of, check_rows_are_independent
-from dptune.models.pst import prune, pst
-from dptune.models.quantization import refuse_merging, rounded_layers
-from dptune.records import Parameters
+from dptune.models.layers import check_rows_are_independent, model_type_of
+from dptune.models.quantization import quantized_layers, refuse_merging
+from dptune.records.record import Parameters
 
 __all__ = [
-    "KINDS",
-    "AdapterKind",
     "after_step",
-    "architecture_of",
     "attach",
     "count",
     "engine_of",
-    "load",
+    "load_adapter",
+    "model_type_of",
     "save",
     "set_modes",
-    "trainable",
+    "trainable_parameters",
 ]
-
-Attach = Callable[[torch.nn.Module, AdapterConfig, int, int], torch.nn.Module]
-"""Backbone, config, rank and number of steps to the model with a fresh adapter; draws from torch's global stream."""
-
-AfterStep = Callable[[torch.nn.Module, int, Mapping[str, torch.Tensor]], None]
-"""Model, step from 0, and released gradients by parameter."""
-
-FUNCTIONAL = dict.fromkeys(ARCHITECTURES, "functional")
-HOOKS = dict.fromkeys(ARCHITECTURES, "hooks")
-LINEAR_ONLY = {"gpt2": "PEFT has it for linear layers only, and GPT-2's are Conv1D"}
-
-
-@dataclass(frozen=True)
-class AdapterKind:
-    """One adapter."""
-
-    attach: Attach
-    """Puts a fresh one on a backbone."""
-    engines: Mapping[str, str]
-    """The fastest engine that is right, by architecture."""
-    impossible: Mapping[str, str] = field(default_factory=dict)
-    """Why it cannot work, by architecture."""
-    after_step: AfterStep | None = None
-    """What is done to it after each step of the optimizer."""
-    unchanged: bool = True
-    """Whether a fresh one leaves the backbone's outputs as they are."""
-
-
-KINDS: Mapping[str, AdapterKind] = {
-    "lora": AdapterKind(peft_adapters.lora, HOOKS),
-    "ffa_lora": AdapterKind(peft_adapters.ffa_lora, HOOKS),
-    "lora_xs": AdapterKind(peft_adapters.lora_xs, HOOKS),
-    "dora": AdapterKind(peft_adapters.dora, FUNCTIONAL),
-    "adalora": AdapterKind(peft_adapters.adalora, FUNCTIONAL, after_step=peft_adapters.reallocate),
-    "vera": AdapterKind(peft_adapters.vera, FUNCTIONAL),
-    "ia3": AdapterKind(peft_adapters.ia3, FUNCTIONAL),
-    "loha": AdapterKind(peft_adapters.loha, FUNCTIONAL, LINEAR_ONLY),
-    "lokr": AdapterKind(peft_adapters.lokr, FUNCTIONAL, LINEAR_ONLY),
-    "oft": AdapterKind(peft_adapters.oft, FUNCTIONAL, LINEAR_ONLY),
-    "boft": AdapterKind(peft_adapters.boft, FUNCTIONAL, LINEAR_ONLY),
-    "fourierft": AdapterKind(peft_adapters.fourierft, FUNCTIONAL),
-    "prompt": AdapterKind(peft_adapters.prompt, FUNCTIONAL, unchanged=False),
-    "p_tuning": AdapterKind(peft_adapters.p_tuning, FUNCTIONAL, unchanged=False),
-    "prefix": AdapterKind(peft_adapters.prefix, FUNCTIONAL, unchanged=False),
-    "houlsby": AdapterKind(own_adapters.houlsby, HOOKS),
-    "pfeiffer": AdapterKind(own_adapters.pfeiffer, HOOKS),
-    "parallel": AdapterKind(own_adapters.parallel, HOOKS),
-    "bitfit": AdapterKind(own_adapters.bitfit, FUNCTIONAL),
-    "ln_tuning": AdapterKind(peft_adapters.ln_tuning, FUNCTIONAL),
-    "head": AdapterKind(own_adapters.head, HOOKS),
-    # T5's relative_attention_bias is looked up once for a whole batch.
-    "full": AdapterKind(own_adapters.full, {**FUNCTIONAL, "encoder_decoder": "loop"}),
-    "pst": AdapterKind(pst, FUNCTIONAL, after_step=prune),
-}
-"""Every kind of `config.ADAPTERS`."""
 
 
 @dataclass(frozen=True)
 class Attached:
-    """What was attached to a model; hangs on it as `attached`."""
+    """What was attached to a model, whose attribute `attached` it is."""
 
     config: AdapterConfig
     rank: int
@@ -109,14 +57,14 @@ def attach(model: torch.nn.Module, config: AdapterConfig, *, rank: int, steps: i
     Raises:
         ConfigError: when backbone and adapter do not go together.
     """
-    kind = KINDS[config.name]
+    put_on = _function(ADAPTERS[config.name].attach)
     check_rows_are_independent(model)
     check_adapter(config, EnvironmentConfig())
     _check_model(config, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = kind.attach(model.requires_grad_(False), config, rank, steps)
-    for parameter in trainable(adapted).values():
+        adapted: torch.nn.Module = put_on(model.requires_grad_(False), config, rank, steps)
+    for parameter in trainable_parameters(adapted).values():
         parameter.data = parameter.data.float()
     refuse_merging(adapted)
     adapted.attached = Attached(config, rank, steps)  # type: ignore[assignment]  # not a submodule
@@ -130,14 +78,14 @@ def engine_of(name: str, architecture: str, *, embeddings: bool = False) -> str:
     Raises:
         ConfigError: when the adapter cannot work on the architecture.
     """
-    kind = KINDS[name]
+    kind = ADAPTERS[name]
     if architecture in kind.impossible:
         raise ConfigError(
             f"adapter={name} cannot be put on this {architecture} backbone: {kind.impossible[architecture]}; "
             "choose adapter=lora"
         )
     # PEFT keeps the factors of embeddings outside of any layer with a closed form.
-    return "functional" if embeddings else kind.engines[architecture]
+    return "functional" if embeddings else kind.engine_on.get(architecture, kind.engine)
 
 
 def set_modes(model: torch.nn.Module) -> None:
@@ -148,20 +96,23 @@ def set_modes(model: torch.nn.Module) -> None:
             module.training = True
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Trained parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def count(model: torch.nn.Module) -> Parameters:
-    """Exact counts, of groups such as `lora_A` or `bias`, too; a tied parameter counts once, a rounded one as any."""
+    """Numbers of parameters, in all and by groups such as `lora_A` or `bias`.
+
+    A tied parameter counts once, a rounded one as if it were not rounded.
+    """
     groups: dict[str, int] = {}
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         parts = [part for part in name.split(".") if part not in ("weight", "default") and not part.isdigit()]
         groups[parts[-1]] = groups.get(parts[-1], 0) + parameter.numel()
     return Parameters(
         total=sum(parameter.numel() for parameter in model.parameters())
-        + sum(layer.shape.numel() for layer in rounded_layers(model).values()),
+        + sum(layer.shape.numel() for layer in quantized_layers(model).values()),
         trainable=sum(groups.values()),
         groups=groups,
     )
@@ -175,14 +126,15 @@ def after_step(model: torch.nn.Module, step: int, released: Mapping[str, torch.T
         step: the step that was done, from 0.
         released: its released gradients by parameter, which are all that may be looked at.
     """
-    if (change := KINDS[_attached(model).config.name].after_step) is not None:
-        change(model, step, released)
+    if (change := ADAPTERS[_attached(model).config.name].after_step) is not None:
+        _function(change)(model, step, released)
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
     """Write the adapter, and nothing of the backbone that was not trained, into a folder.
 
-    PEFT's adapters are written as `PeftModel.from_pretrained` opens them, the others as safetensors; `load` opens both.
+    PEFT's adapters are written as `PeftModel.from_pretrained` opens them, the others as safetensors. `load_adapter`
+    opens both.
     """
     if isinstance(model, PeftModel):
         peft_adapters.save(model, folder)
@@ -191,7 +143,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
         own_adapters.save(model, attached.config, attached.rank, attached.steps, folder)
 
 
-def load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     """The model with the adapter of a folder that `save` wrote, in evaluation mode.
 
     Args:
@@ -206,9 +158,15 @@ def load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         adapted = attach(model, config, rank=rank, steps=steps, seed=0)
         own_adapters.restore(adapted, folder)
     else:
-        adapted = peft_adapters.load(model, folder)
+        adapted = peft_adapters.load_peft_adapter(model, folder)
         refuse_merging(adapted)
     return adapted.eval()
+
+
+def _function(name: str) -> Any:
+    """The function of a row, `module.function` of this package."""
+    module, _, function = name.partition(".")
+    return getattr(importlib.import_module(f"dptune.models.{module}"), function)
 
 
 def _attached(model: Any) -> Attached:
@@ -218,8 +176,8 @@ def _attached(model: Any) -> Attached:
 
 def _check_model(config: AdapterConfig, model: torch.nn.Module) -> None:
     rules = ADAPTERS[config.name]
-    engine_of(config.name, architecture_of(model))
-    if rules.changes_matrices and (rounded := rounded_layers(model)):
+    engine_of(config.name, model_type_of(model))
+    if rules.changes_matrices and (rounded := quantized_layers(model)):
         name, layer = next(iter(rounded.items()))
         raise ConfigError(
             f"adapter={config.name} changes the backbone's own matrices, and that of {name} is rounded to "

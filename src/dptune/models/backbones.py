@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dptune.config import ConfigError, ModelConfig
-from dptune.data.batches import Architecture, Layout
+from dptune.config.schema import ConfigError, ModelConfig
+from dptune.data.batches import Architecture, InputFormat
 from dptune.models.embedded import folder_of
 from dptune.models.quantization import quantize
 
@@ -39,11 +39,13 @@ class Backbone:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     """Hash of the weights."""
-    layout: Layout
+    layout: InputFormat
     """How it reads an example."""
 
 
-def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path, quantization: str = "none") -> Backbone:
+def load_backbone(
+    config: ModelConfig, *, precision: str, device: str, cache_dir: Path, quantization: str = "none"
+) -> Backbone:
     """A fresh copy of a frozen backbone in evaluation mode; the files are read once per process.
 
     `quantization` is `none` or what the weights of its linear layers are rounded to, a key of `quantization.FORMATS`.
@@ -61,7 +63,7 @@ def load(config: ModelConfig, *, precision: str, device: str, cache_dir: Path, q
 
 
 def _located(config: ModelConfig, cache_dir: Path) -> tuple[Path, str, str]:
-    """Folder of a backbone in Hugging Face format, what the backbone is called, and what the config says of it."""
+    """Folder of a backbone in Hugging Face format, its name, and for messages the setting that names it."""
     if config.path is not None:
         path, where = Path(config.path), f"model.path={config.path}"
         if path.suffix == ".gguf":
@@ -95,7 +97,7 @@ def _downloaded(config: ModelConfig) -> Path:
 
 @torch.no_grad()
 def is_causal(model: torch.nn.Module) -> bool:
-    """Whether what follows a token leaves the token's output alone; encoders load as language models, too."""
+    """Whether no token's output depends on later tokens; encoders can be loaded as language models, too."""
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
     first, second = model(input_ids=tokens, use_cache=False).logits[:, :3].float()
     return bool(torch.allclose(first, second, rtol=1e-3, atol=1e-4))
@@ -153,7 +155,7 @@ def _read(folder: Path, name: str, where: str, precision: str, quantization: str
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return Backbone(model, tokenizer, digest.hexdigest()[:16], layout_of(model, tokenizer))
+    return Backbone(model, tokenizer, digest.hexdigest()[:16], input_format_of(model, tokenizer))
 
 
 CLASSES: dict[Architecture, Any] = {
@@ -172,7 +174,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     return "encoder" if masked else "decoder"
 
 
-def layout_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Layout:
+def input_format_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> InputFormat:
     """How a backbone reads an example."""
     architecture = architecture_of(model.config)
     positions: int | None = 0
@@ -183,7 +185,7 @@ def layout_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Lay
         table = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
         padding = getattr(table[0], "padding_idx", None) if table else None
         positions = 0 if padding is None else padding + 1
-    return Layout(
+    return InputFormat(
         pad=tokenizer.pad_token_id,
         architecture=architecture,
         prefix=(tokenizer.cls_token_id,) if architecture == "encoder" and tokenizer.cls_token_id is not None else (),

@@ -15,9 +15,9 @@ def made_once(cache_dir: Path, name: str, make: Callable[[Path], None]) -> Path:
     It appears in one piece. Of several processes that ask at once one makes it and the others wait.
 
     Args:
-        cache_dir: Folder of the cache; made when missing.
-        name: Name of the folder, with a hash of all that decides its content.
-        make: Fills the empty folder that it is given.
+        cache_dir: folder of the cache; made when missing.
+        name: name of the folder, with a hash of all that decides its content.
+        make: fills the empty folder that it is given.
     """
     folder = cache_dir / name
     if folder.is_dir():

@@ -1,14 +1,14 @@
 """The embedded backbones, shipped with the package: the same weights, and so the same runs, on every machine.
 
-`dptune.pretraining` made them from public records alone, so that using them costs no privacy budget; the model card in
-each folder has the recipe.
+`dptune.runs.pretraining` made them from public records alone, so that using them costs no privacy budget; the model
+card in each folder has the recipe.
 """
 
 import functools
 import hashlib
 from pathlib import Path
 
-from dptune.config import CHECKSUMS, SHIPPED, ConfigError
+from dptune.config.schema import CHECKSUMS, SHIPPED, ConfigError
 
 
 @functools.cache

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from dptune.config import ConfigError, content_hash
-from dptune.extras import require
+from dptune.config.extras import require
+from dptune.config.schema import ConfigError
+from dptune.identity import content_hash
 from dptune.models.cache import made_once
 
 
@@ -16,8 +17,8 @@ def load_gguf(path: Path, cache_dir: Path) -> Path:
     """Folder in Hugging Face format with the dequantised single-precision weights and the tokenizer of a GGUF file.
 
     Args:
-        path: The file.
-        cache_dir: Folder of the cache; the result is kept there under a hash of the file.
+        path: the file.
+        cache_dir: folder of the cache; the result is kept there under a hash of the file.
 
     Raises:
         ConfigError: when the file is damaged, its architecture is not known, or the package that reads it is missing.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config.schema import AdapterConfig, ConfigError
 
 ARCHITECTURES = ("decoder", "gpt2", "encoder", "encoder_decoder")
 """`gpt2` stands for every decoder whose layers are transformers' `Conv1D`, which stores weights transposed."""
@@ -19,7 +19,7 @@ Layers = dict[str, torch.nn.Module]
 """Layers by their name in the backbone."""
 
 
-def architecture_of(model: Any) -> str:
+def model_type_of(model: Any) -> str:
     """One of `ARCHITECTURES`; an encoder is what transformers calls `...ForMaskedLM`."""
     backbone = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(backbone.config, "is_encoder_decoder", False):
@@ -71,7 +71,7 @@ def input_embeddings(model: Any) -> Layers:
 
 
 def linear_layers(model: torch.nn.Module) -> Layers:
-    """All linear layers but the output head."""
+    """All linear layers except for the output head."""
     head = output_head(model)[1]
     return {
         name: module
@@ -101,10 +101,10 @@ def blocks(model: torch.nn.Module) -> list[list[str]]:
 
 
 def in_blocks(model: torch.nn.Module, top_layers: int | None) -> list[str]:
-    """Names of the blocks that carry an adapter: all, or the last so many of each stack.
+    """Names of the blocks that carry an adapter: all, or the last `top_layers` of each stack.
 
     Raises:
-        ConfigError: when there are not so many.
+        ConfigError: when a stack has fewer.
     """
     stacks = blocks(model)
     fewest = min((len(stack) for stack in stacks), default=0)

@@ -1,4 +1,4 @@
-"""Adapters that PEFT does not provide: bottlenecks, and parts of the backbone itself. A folder of them is ours."""
+"""Adapters that PEFT does not provide, bottlenecks and parts of the backbone itself, and how they are saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.models.layers import (
     chosen,
     in_blocks,

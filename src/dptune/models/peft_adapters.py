@@ -17,15 +17,15 @@ from peft.tuners.boft import layer as boft_layer
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.lora import LoraLayer
 
-from dptune.config import AdapterConfig, ConfigError
+from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.models.layers import (
     Layers,
-    architecture_of,
     check_rank,
     chosen,
     input_embeddings,
     linear_layers,
     matching,
+    model_type_of,
     norms,
     output_head,
     sublayers,
@@ -218,7 +218,7 @@ def prompt(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int)
 
 
 def p_tuning(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
-    """P-tuning (arXiv:2103.10385): such embeddings made by a small network, of which only they are kept."""
+    """P-tuning (arXiv:2103.10385): embeddings before the input that a small network makes; only they are saved."""
     return _soft_prompt(
         model,
         peft.PromptEncoderConfig,
@@ -232,7 +232,7 @@ def prefix(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int)
 
     Of an encoder-decoder the decoder has them. PEFT's own forward pass makes them once a row and shifts positions.
     """
-    architecture, backbone = architecture_of(model), cast(Any, model).config
+    architecture, backbone = model_type_of(model), cast(Any, model).config
     shape = {}
     if architecture == "encoder_decoder":
         # PEFT would take the encoder's depth, and the hidden width where heads may be wider or narrower.
@@ -263,7 +263,7 @@ def save(model: PeftModel, folder: Path) -> None:
         config.rank_pattern = pattern
 
 
-def load(model: torch.nn.Module, folder: Path) -> PeftModel:
+def load_peft_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     """A fresh backbone with the adapter of such a folder.
 
     Raises:
@@ -286,7 +286,7 @@ def load(model: torch.nn.Module, folder: Path) -> PeftModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without PEFT's remarks on what it finds out by itself."""
+    """Silence PEFT's warnings about what it resolves by itself."""
     with warnings.catch_warnings():
         for message in (
             ".is_gradient_checkpointing. is deprecated",  # PEFT 0.21 reads a property that transformers 5 renamed.
@@ -308,7 +308,7 @@ def _linear(model: torch.nn.Module, config: AdapterConfig, rank: int) -> Layers:
 
 
 def _wrap(model: torch.nn.Module, layers: Layers, kind: Callable[..., PeftConfig], **settings: Any) -> PeftModel:
-    task_type = TASK_TYPES[architecture_of(model)]
+    task_type = TASK_TYPES[model_type_of(model)]
     with quiet():
         return peft.get_peft_model(model, kind(task_type=task_type, target_modules=sorted(layers), **settings))
 
@@ -317,7 +317,7 @@ def _soft_prompt(model: torch.nn.Module, kind: Callable[..., PeftConfig], **sett
     # One prompt, before the encoder, where there are two stacks.
     settings["num_transformer_submodules"] = 1
     with quiet():
-        return attach_soft_prompt(model, kind(task_type=PROMPT_TASK_TYPES[architecture_of(model)], **settings))
+        return attach_soft_prompt(model, kind(task_type=PROMPT_TASK_TYPES[model_type_of(model)], **settings))
 
 
 def _seed() -> int:

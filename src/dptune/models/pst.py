@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from dptune.config import AdapterConfig
+from dptune.config.schema import AdapterConfig
 from dptune.models.layers import check_rank, chosen, linear_layers, replace, widths
 
 INITIAL_HOLD, FINAL_HOLD = 0.1, 0.3

@@ -1,8 +1,8 @@
 """Frozen linear layers whose weights are rounded once, to 8 or to 4 bits: less memory, not less time.
 
 Codes and scales are what a layer keeps; its weight is made from them at each use, in the forward pass and again in the
-backward pass, and given up after it. All of this is elementwise, so that the codes do not depend on the machine. The
-layers are `torch.nn.Linear` and `Conv1D` to whoever asks, so that every adapter that leaves weights alone goes on them.
+backward pass, and not kept. All of this is elementwise, so that the codes do not depend on the machine. The layers pass
+for `torch.nn.Linear` and `Conv1D`, so that every adapter that leaves weights alone can be put on them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Format:
 
 
 def encode_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [out, in] of -127 to 127 and one scale an output [out, 1]: largest absolute weight over 127."""
+    """Codes [out, in] from -127 to 127, and a scale for each output [out, 1]: its largest absolute weight over 127."""
     scales = _scales(weight.abs().amax(dim=1, keepdim=True) / 127)
     return (weight / scales).round().clamp(-127, 127).to(torch.int8), scales
 
@@ -87,7 +87,7 @@ FORMATS: Mapping[str, Format] = {"int8": Format(encode_int8, decode_int8), "nf4"
 """Every choice of `environment.backbone_quantization` but `none`."""
 
 
-class RoundedLayer(torch.nn.Module):
+class QuantizedLayer(torch.nn.Module):
     """A frozen linear layer that keeps codes and scales in the place of its weight; the bias stays as it is."""
 
     codes: Tensor
@@ -123,19 +123,19 @@ class RoundedLayer(torch.nn.Module):
         return y if bias is None else y + bias
 
 
-class RoundedLinear(RoundedLayer, torch.nn.Linear):  # type: ignore[override]  # whose weight is a parameter
+class QuantizedLinear(QuantizedLayer, torch.nn.Linear):  # type: ignore[override]  # whose weight is a parameter
     """In the place of a `torch.nn.Linear`."""
 
     def __init__(self, layer: torch.nn.Linear, quantization: str) -> None:
-        RoundedLayer.__init__(self, layer, quantization)
+        QuantizedLayer.__init__(self, layer, quantization)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
 
-class RoundedConv1D(RoundedLayer, Conv1D):  # type: ignore[misc]  # whose weight is a parameter
+class QuantizedConv1D(QuantizedLayer, Conv1D):  # type: ignore[misc]  # whose weight is a parameter
     """In the place of a `Conv1D`."""
 
     def __init__(self, layer: Conv1D, quantization: str) -> None:
-        RoundedLayer.__init__(self, layer, quantization)
+        QuantizedLayer.__init__(self, layer, quantization)
         self.nx, self.nf = layer.nx, layer.nf
 
 
@@ -145,11 +145,11 @@ class _Product(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, layer: RoundedLayer) -> Tensor:
+    def forward(x: Tensor, layer: QuantizedLayer) -> Tensor:
         return torch.nn.functional.linear(x, layer.matrix())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, RoundedLayer], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, QuantizedLayer], output: Tensor) -> None:
         ctx.layer = inputs[1]
 
     @staticmethod
@@ -166,13 +166,13 @@ def quantize(model: torch.nn.Module, quantization: str) -> None:
     if quantization == "none":
         return
     for name, layer in linear_layers(model).items():
-        kind: Any = RoundedConv1D if isinstance(layer, Conv1D) else RoundedLinear
+        kind: Any = QuantizedConv1D if isinstance(layer, Conv1D) else QuantizedLinear
         replace(model, name, kind(layer, quantization).train(layer.training))
 
 
-def rounded_layers(model: torch.nn.Module) -> dict[str, RoundedLayer]:
+def quantized_layers(model: torch.nn.Module) -> dict[str, QuantizedLayer]:
     """Layers by name whose weights are rounded."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, RoundedLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
@@ -190,7 +190,7 @@ def refuse_merging(adapted: Any) -> None:
             "environment.backbone_quantization=none and merge it there"
         )
 
-    if rounded_layers(adapted) and hasattr(getattr(adapted, "base_model", None), "_check_merge_allowed"):
+    if quantized_layers(adapted) and hasattr(getattr(adapted, "base_model", None), "_check_merge_allowed"):
         adapted.base_model._check_merge_allowed = refuse
 
 

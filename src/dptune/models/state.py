@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dptune.models.adapters import trainable
-from dptune.models.quantization import RoundedLayer
+from dptune.models.adapters import trainable_parameters
+from dptune.models.quantization import QuantizedLayer
 
 
 class AdapterState:
@@ -48,11 +48,11 @@ class AdapterState:
                 setattr(allocator, name, {key: state["ranks"][name][key].to(devices[key]) for key in devices})
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = dict(trainable(self.model))
+        tensors: dict[str, torch.Tensor] = dict(trainable_parameters(self.model))
         for name, module in self.model.named_modules():
             # The codes of a rounded weight are no less frozen when the bias beside them is trained.
             own = [value for value in module.parameters(recurse=False) if value.requires_grad]
-            if own and not isinstance(module, RoundedLayer):
+            if own and not isinstance(module, QuantizedLayer):
                 tensors |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
         return tensors
 

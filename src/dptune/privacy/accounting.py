@@ -1,14 +1,14 @@
 """Events to epsilon: the reference accountant, others beside it, and calibration (SPECIFICATION.md 7).
 
-The epsilon that is printed, compared with a target or used in calibration is always :func:`epsilon`: an
-upper bound by privacy loss distributions on the grid of :func:`dptune.privacy.pld.interval`. Everything that
-is only an estimate says so in its :class:`Reported` value.
+The epsilon that is printed, compared with a target or used in calibration is always `epsilon`: an upper bound by
+privacy loss distributions on the grid of `pld.interval`. Everything that is only an estimate says so in its `Reported`
+value.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -19,33 +19,8 @@ from scipy import optimize
 
 from dptune.privacy.estimates import epsilon_edgeworth, epsilon_gdp_clt
 from dptune.privacy.events import Event, PlanError, merge
-from dptune.privacy.filters import BudgetExhausted, NoiseFloor, RenyiFilter, privacy_filter
 from dptune.privacy.pld import compose, interval
 from dptune.privacy.renyi import epsilon_rdp
-
-__all__ = [
-    "BudgetExhausted",
-    "CalibrationError",
-    "Event",
-    "MembershipCeiling",
-    "NoiseFloor",
-    "RenyiFilter",
-    "Reported",
-    "calibrate",
-    "delta",
-    "epsilon",
-    "epsilon_edgeworth",
-    "epsilon_gdp_clt",
-    "epsilon_group_privacy",
-    "epsilon_prv",
-    "epsilon_rdp",
-    "interval",
-    "membership_ceiling",
-    "merge",
-    "privacy_filter",
-    "rounded_up",
-    "side_by_side",
-]
 
 SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.1, 1e3
 SMALLEST_DELTA = 1e-8  # below, the rounding of the Fourier transforms is no longer negligible
@@ -57,10 +32,10 @@ class CalibrationError(PlanError):
 
 
 def epsilon(events: Sequence[Event], delta: float) -> float:
-    """Upper bound on epsilon at ``delta`` of all events together: the reference (SPECIFICATION.md 7.2).
+    """Upper bound on epsilon at `delta` of all events together: the reference (SPECIFICATION.md 7.2).
 
     Pessimistic connect-the-dots privacy loss distributions, larger of both directions; adaptive composition
-    of the dominating pairs (theorem B). ``math.inf`` if no finite epsilon holds at this delta.
+    of the dominating pairs (theorem B). `math.inf` if no finite epsilon holds at this delta.
 
     Raises:
         ValueError: without events, or for a delta outside [1e-8, 1).
@@ -77,7 +52,7 @@ def _epsilon(events: tuple[Event, ...], delta: float, coarsening: float = 1.0) -
 
 
 def delta(events: Sequence[Event], epsilon: float) -> float:
-    """Upper bound on delta at ``epsilon`` of all events together, by the reference accountant.
+    """Upper bound on delta at `epsilon` of all events together, by the reference accountant.
 
     Never below 1e-9, which rounding in the Fourier transforms could hide.
     """
@@ -89,16 +64,21 @@ def rounded_up(epsilon: float) -> float:
     return math.ceil(epsilon * 1000) / 1000 if math.isfinite(epsilon) else epsilon
 
 
+def epsilon_text(epsilon: float) -> str:
+    """Epsilon for people: `rounded_up`, always with its three decimals."""
+    return f"{rounded_up(epsilon):.3f}"
+
+
 def epsilon_prv(events: Sequence[Event], delta: float, error: float = 0.01) -> float:
     """Upper bound on epsilon by the PRV accountant (Gopi et al. 2021, arXiv:2106.02848): its upper value.
 
     Args:
-        events: the releases, with ``group_size`` 1.
+        events: the releases, with `group_size` 1.
         delta: target delta.
         error: additive error in epsilon that the upper value includes.
 
     Raises:
-        ValueError: for ``group_size`` above 1, which the accountant does not have.
+        ValueError: for `group_size` above 1, which the accountant does not have.
     """
     import prv_accountant
 
@@ -122,26 +102,13 @@ def epsilon_prv(events: Sequence[Event], delta: float, error: float = 0.01) -> f
     return upper
 
 
-def epsilon_group_privacy(events: Sequence[Event], delta: float, size: int) -> float:
-    """Epsilon for ``size`` records together by the generic conversion; the mixture events are much tighter.
-
-    min over e of size * e such that delta(e) (exp(size e) - 1) / (exp(e) - 1) <= delta, ``math.inf`` if there
-    is none (SPECIFICATION.md 7.5).
-    """
-    distribution = compose(events)
-    candidates = np.linspace(0.0, 60.0 / size, 60_001)[1:]
-    deltas = np.asarray(distribution.get_delta_for_epsilon(candidates))
-    valid = deltas * np.expm1(size * candidates) / np.expm1(candidates) <= delta
-    return float(size * candidates[np.argmax(valid)]) if valid.any() else math.inf
-
-
 @dataclass(frozen=True)
 class Reported:
     """What one accountant says.
 
     Attributes:
         value: epsilon, or None if the accountant failed.
-        kind: ``bound`` (a guarantee) or ``estimate`` (for plots only).
+        kind: `bound` (a guarantee) or `estimate` (for plots only).
         accountant: how it was computed, with versions.
         reason: one line on why there is no value.
     """
@@ -152,26 +119,54 @@ class Reported:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Accountant:
+    """One way to compute epsilon.
+
+    Attributes:
+        epsilon: from the releases and delta.
+        kind: `bound` (a guarantee) or `estimate` (for plots only).
+        method: how it is computed.
+        library: package that does it, whose version is told; None: this one.
+    """
+
+    epsilon: Callable[[Sequence[Event], float], float]
+    kind: Literal["bound", "estimate"]
+    method: str
+    library: str | None = None
+
+    @property
+    def description(self) -> str:
+        """The method, with the version of its library."""
+        return f"{self.library} {version(self.library)}, {self.method}" if self.library else self.method
+
+
+ACCOUNTANTS: Mapping[str, Accountant] = {
+    "pld": Accountant(epsilon, "bound", "connect-the-dots", "dp-accounting"),
+    "rdp": Accountant(epsilon_rdp, "bound", "Rényi DP, quadrature"),
+    "prv": Accountant(epsilon_prv, "bound", "upper value", "prv-accountant"),
+    "gdp_clt": Accountant(epsilon_gdp_clt, "estimate", "Gaussian-DP central limit"),
+    "edgeworth": Accountant(epsilon_edgeworth, "estimate", "Edgeworth, first order"),
+}
+"""Every accountant whose epsilon stands in a record."""
+
+REFERENCE, OF_SEARCHES = "pld", "rdp"
+"""The accountant of every epsilon that is a guarantee, and that of a search, for which there is no other theorem (8.2).
+"""
+
+
 def side_by_side(events: Sequence[Event], delta: float) -> dict[str, Reported]:
-    """Epsilon by every accountant; the reference is ``pld``. One that fails says why and stops no other."""
-    libraries = {name: f"{name} {version(name)}" for name in ("dp-accounting", "prv-accountant")}
-    accountants: dict[str, tuple[Callable[[], float], Literal["bound", "estimate"], str]] = {
-        "pld": (lambda: epsilon(events, delta), "bound", f"{libraries['dp-accounting']}, connect-the-dots"),
-        "rdp": (lambda: epsilon_rdp(events, delta), "bound", "Rényi DP, quadrature"),
-        "prv": (lambda: epsilon_prv(events, delta), "bound", f"{libraries['prv-accountant']}, upper value"),
-        "gdp_clt": (lambda: epsilon_gdp_clt(events, delta), "estimate", "Gaussian-DP central limit"),
-        "edgeworth": (lambda: epsilon_edgeworth(events, delta), "estimate", "Edgeworth, first order"),
-    }
+    """Epsilon by every accountant. One that fails says why and stops no other."""
     reports = {}
-    for name, (compute, kind, accountant) in accountants.items():
+    for name, accountant in ACCOUNTANTS.items():
+        value, reason = None, None
         try:
-            value = compute()
+            value = accountant.epsilon(events, delta)
             if not math.isfinite(value):
                 raise ArithmeticError(f"no finite epsilon at delta {delta:g}")
-            reports[name] = Reported(value, kind, accountant)
         except (ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            reports[name] = Reported(None, kind, accountant, reason)
+            value, reason = None, f"{type(error).__name__}: {error}".splitlines()[0]
+        reports[name] = Reported(value, accountant.kind, accountant.description, reason)
     return reports
 
 
@@ -223,6 +218,7 @@ def calibrate(
 def _estimated_root(excess: Callable[..., float]) -> float:
     """Multiplier at which the reference epsilon is about the target, from coarser grids only."""
     low, high = math.log(SMALLEST_NOISE_MULTIPLIER), math.log(LARGEST_NOISE_MULTIPLIER)
+    # From a multiplier of 1 in steps of a factor of 1.5, until the target lies between two of them.
     start = 0.0
     outward = math.log(1.5) if excess(start) > 0 else -math.log(1.5)
     end = start + outward
@@ -239,6 +235,7 @@ def _estimated_root(excess: Callable[..., float]) -> float:
 
 def _first_that_meets(meets: Callable[[int], bool], guess: int, smallest: int, largest: int) -> int | None:
     """Smallest index in [smallest, largest] that meets a monotone condition, searched from a guess."""
+    # Away from the guess in steps that double, until `low` does not meet the condition and `high` does; then halve.
     step = 1
     if meets(guess):
         low, high = guess - step, guess

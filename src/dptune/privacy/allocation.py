@@ -1,8 +1,8 @@
 """How the privacy of one step is shared by the parameter groups (SPECIFICATION.md 2 and 4.1).
 
-All groups are released together from one batch, so the step is a single Gaussian mechanism and not one per
-group. What may differ from group to group is everything that is public or a function of what was released
-before; what may not is the joint noise multiplier, which `PrecisionLedger` checks.
+All groups are released together from one batch, so the step is a single Gaussian mechanism and not one per group.
+Thresholds, weights and noise may differ from group to group, as functions of public constants and of past releases.
+The noise multiplier of all groups together may not: `PrecisionBudget` checks it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Vector = NDArray[np.float64]
+from dptune.privacy.rules import ALLOCATIONS, WEIGHTS, row_of
 
-FAMILY: dict[str, tuple[float, float]] = {
-    "uniform": (0.0, 0.0),
-    "equal_budget": (1.0, 0.0),
-    "min_energy": (0.5, 0.5),
-    "equal_snr": (1.0, 1.0),
-}
-"""Exponents (a, b) of s_g^2 = sigma^2 Z C_g^(2a) (w_g d_g)^(-b) (SPECIFICATION.md 2.2)."""
+Vector = NDArray[np.float64]
 
 
 class PrecisionError(ValueError):
@@ -36,10 +30,10 @@ class Group:
     """Parameters which share one threshold and one noise standard deviation.
 
     Attributes:
-        name: Unique name; part of the key of the group's noise stream.
-        parameters: Names of its parameters, in the order in which their coordinates are laid out.
-        dimension: Number of coordinates d_g.
-        shapes: One shape a parameter; may be left out for a single flat vector.
+        name: unique name; part of the key of the group's noise stream.
+        parameters: names of its parameters, in the order in which their coordinates are laid out.
+        dimension: number of coordinates d_g.
+        shapes: one shape a parameter; may be left out for a single flat vector.
     """
 
     name: str
@@ -73,7 +67,7 @@ class PrecisionRow:
 
 
 @dataclass(frozen=True)
-class PrecisionLedger:
+class PrecisionBudget:
     """The precision budget of a step: sum_j (Delta_j / s_j)^2 = 1 / sigma^2 (SPECIFICATION.md 2.1, eq. 1)."""
 
     rows: tuple[PrecisionRow, ...]
@@ -89,10 +83,10 @@ class PrecisionLedger:
         return _multiplier(self.precision)
 
     def remaining(self, planned: float) -> float:
-        """The noise multiplier left for the gradients once these rows are paid for (4.1: z_Delta).
+        """The noise multiplier that is left for the gradients when these rows are paid for (4.1: sigma_Delta).
 
         Raises:
-            PrecisionError: If the rows leave nothing.
+            PrecisionError: if the rows leave nothing.
         """
         left = _precision(1.0, planned) - self.precision
         if left <= 0.0:
@@ -105,7 +99,7 @@ class PrecisionLedger:
         """Return the effective multiplier, at least `planned` up to a relative 1e-9.
 
         Raises:
-            PrecisionError: If it is smaller, or not a number.
+            PrecisionError: if it is smaller, or not a number.
         """
         effective = self.effective_noise_multiplier
         if not effective >= planned * (1.0 - 1e-9):
@@ -136,23 +130,21 @@ def noise_stds(rule: str, thresholds: ArrayLike, dimensions: ArrayLike, weights:
     """Noise standard deviations s_g, on the sum, which spend exactly the precision of `sigma` (2.2).
 
     `min_energy` minimises sum_g w_g d_g s_g^2; `joint` and `lora_weight_space` are the same rule with
-    thresholds of `joint_thresholds` or weights of `lora_weights`. A group of threshold 0 is frozen: except
+    thresholds of `joint_thresholds` or weights of `lora_group_weights`. A group of threshold 0 is frozen: except
     under `uniform`, it gets no noise and must release zeros.
 
     Args:
-        rule: A key of `FAMILY`, `joint` or `lora_weight_space`.
+        rule: a key of `ALLOCATIONS`.
         thresholds: C_g >= 0, shape (G,).
         dimensions: d_g, shape (G,).
         weights: w_g > 0, shape (G,); only their ratios matter.
-        sigma: Noise multiplier of all the groups together.
+        sigma: noise multiplier of all the groups together.
 
     Raises:
-        ValueError: If the rule is unknown, or no threshold is positive.
+        ValueError: if the rule is unknown, or no threshold is positive.
     """
-    rule = "min_energy" if rule in ("joint", "lora_weight_space") else rule
-    if rule not in FAMILY:
-        raise ValueError(f"allocation rule {rule!r} is unknown; choose one of {', '.join(FAMILY)}")
-    a, b = FAMILY[rule]
+    row = row_of(ALLOCATIONS, rule, "allocation rule")
+    a, b = row.a, row.b
     c, wd = np.asarray(thresholds, float), np.asarray(weights, float) * np.asarray(dimensions, float)
     live = c > 0.0
     if not live.any():
@@ -173,7 +165,7 @@ def joint_thresholds(
         mean_norms: m_g > 0, shape (G,), from released quantiles only.
         dimensions: d_g, shape (G,).
         weights: w_g > 0, shape (G,).
-        sigma: Noise multiplier of the gradients.
+        sigma: noise multiplier of the gradients.
         expected_batch_size: L.
 
     Returns:
@@ -201,23 +193,18 @@ def clamp_weights(weights: ArrayLike, floor: float) -> Vector:
     return np.clip(w / top, floor, 1.0) if top > 0.0 else np.ones_like(w)
 
 
-def lora_weights(norm_a_squared: float, norm_b_squared: float, rank: int) -> tuple[float, float]:
-    """Weights (w_A, w_B) = (|B|_F^2 / r, |A|_F^2 / r): the factors' noise in BA, to first order (2.5)."""
-    return norm_b_squared / rank, norm_a_squared / rank
-
-
 def lora_group_weights(groups: Sequence[Group], squared_norms: Mapping[str, float]) -> dict[str, float]:
-    """Weights of groups of LoRA factors: the mean of `lora_weights` over the coordinates (2.5).
+    """Weights of groups of LoRA factors, by the noise that they put into BA to first order (2.5).
 
-    Costs nothing as long as the norms are those of public or released parameters. A parameter that is not a
-    factor counts with weight 1: its noise is seen where it is added.
+    A factor weighs its partner's squared norm over the rank, any other parameter 1, a group the mean over its
+    coordinates. This costs nothing as long as the norms are those of public or released parameters.
 
     Args:
-        groups: The groups, whose parameters are named as PEFT does (`...lora_A...`, `...lora_B...`).
-        squared_norms: Squared Frobenius norm of each factor, also of a frozen one.
+        groups: the groups, whose parameters are named as PEFT does (`...lora_A...`, `...lora_B...`).
+        squared_norms: squared Frobenius norm of each factor, also of a frozen one.
 
     Raises:
-        ValueError: If the norm of a factor's partner is missing.
+        ValueError: if the norm of a factor's partner is missing.
     """
 
     def weight(name: str, shape: tuple[int, ...]) -> float:
@@ -237,11 +224,6 @@ def lora_group_weights(groups: Sequence[Group], squared_norms: Mapping[str, floa
         )
         for group in groups
     }
-
-
-def lora_gauge(norm_a_squared: float, norm_b_squared: float, d_in: int, d_out: int) -> float:
-    """The c of (B, A) -> (B/c, cA) which leaves BA as it is and minimises its first-order noise (2.5)."""
-    return float((d_in * norm_b_squared / (d_out * norm_a_squared)) ** 0.25)
 
 
 def debiased_energy(
@@ -265,12 +247,12 @@ class AllocationState:
     only the ratios of weights matter.
 
     Attributes:
-        groups: Names of the groups, in order.
-        thresholds: Tracked C_g.
-        steps: Number of releases seen.
-        energy: Moving average of the debiased energies.
-        resolution: Moving average of what an energy can resolve, s_g^2 sqrt(2 d_g) / L^2.
-        second_moment: Moving average of the mean squared coordinate of y_g / L: the mean of Adam's v over the
+        groups: names of the groups, in order.
+        thresholds: tracked C_g.
+        steps: number of releases seen.
+        energy: moving average of the debiased energies.
+        resolution: moving average of what an energy can resolve, s_g^2 sqrt(2 d_g) / L^2.
+        second_moment: moving average of the mean squared coordinate of y_g / L: the mean of Adam's v over the
             group.
     """
 
@@ -302,7 +284,7 @@ class AllocationState:
             stds: s_g, shape (G,).
             dimensions: d_g, shape (G,).
             expected_batch_size: L.
-            ema: Share of the old average which is kept; Adam's beta_2 for the weights `adam`.
+            ema: share of the old average which is kept; Adam's beta_2 for the weights `adam`.
         """
         y, d, s = (np.asarray(x, float) for x in (squared_norms, dimensions, stds))
 
@@ -323,11 +305,11 @@ class AllocationState:
         """Move the thresholds to the quantile: C_g exp(-eta (b_g - gamma)), clamped (4.1; 1905.03871).
 
         Args:
-            fractions: Noised fraction of norms within C_g, shape (G,).
+            fractions: noised fraction of norms within C_g, shape (G,).
             quantile: gamma.
             learning_rate: eta.
-            minimum: Smallest threshold.
-            maximum: Largest threshold.
+            minimum: smallest threshold.
+            maximum: largest threshold.
         """
         step = np.exp(-learning_rate * (np.asarray(fractions, float) - quantile))
         return replace(self, thresholds=_tuple(np.clip(np.asarray(self.thresholds) * step, minimum, maximum)))
@@ -336,20 +318,17 @@ class AllocationState:
         """Weights w_g of the next step, in [floor, 1], shape (G,) (2.6).
 
         Args:
-            kind: `static` (ones), `released_energy` (one over the energy, as far as it can be resolved) or
-                `adam`.
-            floor: Smallest ratio to the largest weight.
+            kind: a key of `WEIGHTS`.
+            floor: smallest ratio to the largest weight.
+
+        Raises:
+            ValueError: if the kind is unknown.
         """
-        if kind == "static" or self.steps == 0:
+        inverse = row_of(WEIGHTS, kind, "allocation weights")
+        if self.steps == 0:
             return np.ones(len(self.groups))
-        if kind == "released_energy":
-            scale = np.maximum(self.energy, self.resolution)
-        elif kind == "adam":
-            scale = np.asarray(self.second_moment)
-        else:
-            raise ValueError(f"weights {kind!r} are unknown; choose static, released_energy or adam")
         with np.errstate(divide="ignore"):
-            return clamp_weights(1.0 / scale, floor)
+            return clamp_weights(1.0 / np.asarray(inverse(self.energy, self.resolution, self.second_moment)), floor)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

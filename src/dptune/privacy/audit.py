@@ -41,13 +41,13 @@ def one_run_p_value(epsilon: float, delta: float, *, canaries: int, guesses: int
 def one_run_lower_bound(
     delta: float, *, canaries: int, guesses: int, correct: int, significance: float = 0.05
 ) -> float:
-    """Largest epsilon that the audit refutes at level ``significance``; 0 if it refutes none.
+    """Largest epsilon that the audit refutes at level `significance`; 0 if it refutes none.
 
     Args:
         delta: claimed delta.
-        canaries: as in :func:`one_run_p_value`.
-        guesses: as in :func:`one_run_p_value`.
-        correct: as in :func:`one_run_p_value`.
+        canaries: as in `one_run_p_value`.
+        guesses: as in `one_run_p_value`.
+        correct: as in `one_run_p_value`.
         significance: beta; divide it by the number of audits that are looked at.
     """
 
@@ -65,12 +65,12 @@ def one_run_lower_bound(
 
 
 def guesses_needed(epsilon: float, significance: float = 0.05) -> int:
-    """Fewest guesses with which a faultless auditor refutes ``epsilon`` at delta 0: the power of the audit."""
+    """Fewest guesses with which a faultless auditor refutes `epsilon` at delta 0: the power of the audit."""
     return math.ceil(math.log(1 / significance) / math.log1p(math.exp(-epsilon)))
 
 
 def exposure_tail(bits: float, epsilon: float, delta: float) -> float:
-    """Largest probability that one secret's exposure reaches ``bits``: e^epsilon 2^-bits + delta.
+    """Largest probability that one secret's exposure reaches `bits`: e^epsilon 2^-bits + delta.
 
     Exposure is log2 of the number of candidate secrets less log2 of the rank of the true one, ties broken at
     random (Carlini et al. 2019, arXiv:1802.08232). For a secret inserted k times, epsilon is that of k records.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, moved, rows_of, trained
+from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, moved, rows_of, trainable_parameters
 
 
 class FixedShapeEngine:
@@ -47,8 +47,8 @@ class FixedShapeEngine:
 def fixed_shape_engine(engine: Engine, model: torch.nn.Module, rows: Batch, others: Batch) -> FixedShapeEngine:
     """The engine on batches of one shape, once a row's gradient was seen to be its own to the last bit.
 
-    A batch is done twice; with every row one place further (so that each two neighbouring places are compared, and all
-    places with one another); and with every second row replaced by another, the odd ones, then the even ones.
+    Every row must get the same bits when the same batch is computed again, when all rows move one place further (which
+    compares all places, pair by pair), and when every second row is replaced, first the odd ones, then the even ones.
 
     Args:
         engine: already compared with the loop.
@@ -77,7 +77,7 @@ def fixed_shape_engine(engine: Engine, model: torch.nn.Module, rows: Batch, othe
                 "environment.precision=float32 and environment.batch_shape=auto"
             )
 
-    with moved(trained(model)):
+    with moved(trainable_parameters(model)):
         first = fixed(rows)[1]
         check(rows, first, "chance")
         check(_further(rows), _further(first), "a row's place in its batch")

@@ -1,4 +1,4 @@
-"""Per-unit clipping whose result carries what it guarantees (SPECIFICATION.md 2.1, 4.2, 10.3).
+"""Clipping of each unit's gradient, and the bound that the clipped sum carries (SPECIFICATION.md 2.1, 4.2, 10.3).
 
 Every rule bounds the vector v = (v_1, ..., v_G) of a privacy unit, where v_g is its gradient of group g.
 Norms, clip factors and sums are float64. The noise is scaled by the bound that a `ClippedSum` carries, never
@@ -18,14 +18,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dptune.privacy.allocation import Group, PrecisionRow
+from dptune.privacy.rules import CLIPPINGS, row_of
+
+NONE = "none"
+"""Kind of the `ClipRule` of a plan without privacy."""
 
 MARGIN = 1.0 / (1.0 + 2.0**-10)
 """Every clip factor is multiplied by this: room for rounding, so that sigma needs no change (10.3)."""
-
-PER_GROUP = ("group", "auto_s", "auto_v", "psac")
-"""Rules which bound each group on its own; `flat` and `scaled_flat` bound all groups jointly."""
-
-_NO_NORM = 1e-100  # squares below this underflow; automatic rules treat such a gradient as 0
 
 
 class SensitivityError(ValueError):
@@ -45,7 +44,7 @@ class Sensitivity:
     joint: bool
 
     def rows(self, stds: ArrayLike) -> tuple[PrecisionRow, ...]:
-        """Rows of a `PrecisionLedger`: this bound under noise of standard deviations s_g, shape (G,).
+        """Rows of a `PrecisionBudget`: this bound under noise of standard deviations s_g, shape (G,).
 
         For the ellipsoid, the largest |S^-1 v| is the largest b_g / s_g, so that it is one row of unit noise.
         """
@@ -60,7 +59,7 @@ class Sensitivity:
         """Raise unless the vectors with norms |v_g|, shape (G, units), lie within.
 
         Raises:
-            SensitivityError: If one does not, or is not a number.
+            SensitivityError: if one does not, or is not a number.
         """
         bounds = torch.tensor(self.bounds, dtype=torch.float64, device=norms.device).unsqueeze(1)
         ratio = torch.where(bounds > 0.0, norms / bounds, torch.where(norms == 0.0, 0.0, torch.inf))
@@ -76,9 +75,9 @@ class ClipRule:
     """How the gradients of one step are clipped.
 
     Attributes:
-        kind: `flat`, `group` (M1), `scaled_flat` (M2), `auto_s`, `auto_v`, `psac`, or `none` without privacy.
+        kind: a key of `CLIPPINGS`, or `NONE` without privacy.
         thresholds: C_g, shape (G,). `flat` uses sqrt(sum_g C_g^2).
-        tracked: The thresholds that a quantile tracker asks about, shape (G,) (4.1).
+        tracked: the thresholds that a quantile tracker asks about, shape (G,) (4.1).
         unit_stds: s_g at noise multiplier 1, shape (G,), from these thresholds: the shape of the noise, and
             of `scaled_flat`'s ellipsoid.
         stability: gamma of AUTO-S, r of PSAC.
@@ -92,39 +91,28 @@ class ClipRule:
 
     @property
     def sensitivity(self) -> Sensitivity:
-        """The bound which the clipped vectors keep."""
-        if self.kind in PER_GROUP:
-            return Sensitivity(self.thresholds, joint=False)
-        if self.kind == "scaled_flat":
-            return Sensitivity(self.unit_stds, joint=True)
-        if self.kind == "flat":
-            return Sensitivity((float(np.linalg.norm(self.thresholds)),) * len(self.thresholds), joint=True)
-        if self.kind == "none":
-            return Sensitivity((float("inf"),) * len(self.thresholds), joint=True)
-        raise ValueError(
-            f"clipping {self.kind!r} is unknown; choose flat, scaled_flat or one of {', '.join(PER_GROUP)}"
-        )
+        """The bound which the clipped vectors keep.
+
+        Raises:
+            ValueError: if the rule is unknown.
+        """
+        groups = len(self.thresholds)
+        if self.kind == NONE:
+            return Sensitivity((float("inf"),) * groups, joint=True)
+        match row_of(CLIPPINGS, self.kind, "clipping").region:
+            case "box":
+                return Sensitivity(self.thresholds, joint=False)
+            case "ball":
+                return Sensitivity((float(np.linalg.norm(self.thresholds)),) * groups, joint=True)
+            case "ellipsoid":
+                return Sensitivity(self.unit_stds, joint=True)
 
     def factors(self, norms: Tensor) -> Tensor:
-        """Clip factors for gradients with norms |g_g|, both float64 of shape (G, units).
-
-        The margin is included. AUTO-S: Bu et al. 2022 (2206.07136); PSAC: Xia et al. 2023 (2212.00328).
-        """
-        if self.kind == "none":
+        """Clip factors, margin included, for gradients with norms |g_g|, both float64 of shape (G, units)."""
+        if self.kind == NONE:
             return torch.ones_like(norms)
         bounds = torch.tensor(self.sensitivity.bounds, dtype=torch.float64, device=norms.device).unsqueeze(1)
-        if self.kind in ("flat", "scaled_flat"):
-            live = bounds > 0.0  # a frozen group has no say in the norm and keeps nothing
-            joint = torch.linalg.vector_norm(torch.where(live, norms / bounds, 0.0), dim=0, keepdim=True)
-            return torch.where(live, joint.reciprocal().clamp(max=1.0), 0.0) * MARGIN
-        if self.kind == "group":
-            return torch.where(norms > bounds, bounds / norms, 1.0) * MARGIN
-        slack = torch.zeros_like(norms)
-        if self.kind == "auto_s":
-            slack += self.stability
-        elif self.kind == "psac":
-            slack += self.stability / (norms + self.stability)
-        return torch.where(norms > _NO_NORM, bounds / (norms + slack), 0.0) * MARGIN
+        return CLIPPINGS[self.kind].factors(norms, bounds, self.stability) * MARGIN
 
 
 @dataclass(frozen=True)
@@ -132,10 +120,10 @@ class ClippedSum:
     """A sum of clipped vectors over the units of a batch, with the bound that each of them keeps.
 
     Attributes:
-        values: The sum, float64, shape (D,): groups in order, within a group its parameters in order.
-        sensitivity: The bound of one unit's contribution.
-        inside: Units whose norm of the group is within the tracked threshold, minus half the units: float64,
-            (G,).
+        values: the sum, float64, shape (D,): groups in order, within a group its parameters in order.
+        sensitivity: the bound of one unit's contribution.
+        inside: for each group the number of units whose norm is within the tracked threshold, less half the number
+            of all units; float64, (G,).
         telemetry: NON_PRIVATE, float64, shape (3,): units; units whose vector was shortened, averaged over
             groups; gradients which were NaN or infinite somewhere, and were replaced by 0.
     """
@@ -180,16 +168,16 @@ def clip_and_sum(
     clipped vectors, whose norms are measured again before they are added.
 
     Args:
-        per_example: Gradients of one physical batch: for every parameter of every group, any floating dtype,
+        per_example: gradients of one physical batch: for every parameter of every group, any floating dtype,
             shape (b, *shape).
-        groups: The groups.
-        rule: How to clip.
-        units: For user-level clipping (7.5, ULS) the unit of each row, integers of shape (b,): the gradients
+        groups: the groups.
+        rule: how to clip.
+        units: for user-level clipping (7.5, ULS) the unit of each row, integers of shape (b,): the gradients
             of a unit are averaged first. None: each row is a unit.
 
     Raises:
-        ValueError: If a parameter is missing or unknown, or the shapes or numbers of rows disagree.
-        SensitivityError: If a clipped vector is outside its bound.
+        ValueError: if a parameter is missing or unknown, or the shapes or numbers of rows disagree.
+        SensitivityError: if a clipped vector is outside its bound.
     """
     sizes = {name: size for group in groups for name, size in zip(group.parameters, group.sizes, strict=True)}
     rows = _check_rows(per_example, groups, units)
@@ -225,7 +213,7 @@ def clip_and_sum(
             clipped = per_unit(name).mul_(factor.unsqueeze(1))
             clipped_norms[name] = torch.linalg.vector_norm(clipped, dim=1)
             sums.append(clipped.sum(dim=0))
-    if rule.kind != "none":
+    if rule.kind != NONE:
         rule.sensitivity.check(torch.stack([_norm_of(group, clipped_norms) for group in groups]))
 
     tracked = torch.tensor(rule.tracked, dtype=torch.float64, device=device).unsqueeze(1)

@@ -24,7 +24,7 @@ from dptune.privacy.gradients import (
     LossFunction,
     moved,
     rows_of,
-    trained,
+    trainable_parameters,
 )
 
 
@@ -38,7 +38,7 @@ class HookEngine:
     def __init__(self, model: torch.nn.Module, loss: LossFunction) -> None:
         """Raises EngineError, naming the parameter, when one is trained in a layer that the engine does not know."""
         self.model, self.loss = model, loss
-        self.parameters = trained(model)
+        self.parameters = trainable_parameters(model)
         self._sums: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._busy = False
         self._handles = []
@@ -240,7 +240,7 @@ class OpacusEngine:
         """Raises EngineError when Opacus refuses the model."""
         from opacus import GradSampleModule
 
-        self.parameters = trained(model)
+        self.parameters = trainable_parameters(model)
         self.loss = loss
         with _opacus_limits():
             self.wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
@@ -277,7 +277,7 @@ class OpacusEngine:
 
 @contextmanager
 def _opacus_limits() -> Iterator[None]:
-    """What Opacus raises on models that it does not support, in one sentence."""
+    """Say in one sentence what Opacus raises on a model that it does not support."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -313,8 +313,8 @@ def checked_engine(
 
     Every trained parameter must have one gradient for each row, equal to the loop's, and the loop's must be that of the
     row all by itself, without the padding that its batch mates cause; changing the last record must change its row
-    only; dropout and batch statistics must be off. The weights are moved a little meanwhile: a factor that starts at
-    zero hides its partner.
+    only; dropout and batch statistics must be off. The weights are moved a little for the comparison: a factor that is
+    zero hides its partner's gradient.
 
     Args:
         name: of the engine, one of `ENGINES`.
@@ -327,7 +327,7 @@ def checked_engine(
     Raises:
         EngineError: naming the parameter or the layer that is wrong.
     """
-    parameters = trained(model)
+    parameters = trainable_parameters(model)
     if not parameters:
         raise EngineError("nothing is trained: the adapter has no trainable parameters")
     # Layers that contain others come before them: the last one is what a person can find.

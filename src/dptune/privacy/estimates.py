@@ -18,11 +18,11 @@ Array = NDArray[np.float64]
 def gdp_clt_mu(events: Sequence[Event]) -> float:
     """Parameter mu = q sqrt(T (exp(1/sigma^2) - 1)) of the Gaussian-DP central limit.
 
-    Events add up in quadrature; for ``sample_rate`` 1 the exact sqrt(T) / sigma is used. Bu et al. 2020
+    Events add up in quadrature; for `sample_rate` 1 the exact sqrt(T) / sigma is used. Bu et al. 2020
     (arXiv:1911.11607).
 
     Raises:
-        ValueError: for ``group_size`` above 1, for which no such limit is stated.
+        ValueError: for `group_size` above 1, for which no such limit is stated.
     """
     total = 0.0
     for e in events:
@@ -36,7 +36,7 @@ def gdp_clt_mu(events: Sequence[Event]) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon at ``delta`` of the Gaussian mechanism of sensitivity-to-noise ratio ``mu`` (exact)."""
+    """Epsilon at `delta` of the Gaussian mechanism of sensitivity-to-noise ratio `mu` (exact)."""
 
     def excess(epsilon: float) -> float:
         lower = math.exp(epsilon + special.log_ndtr(-epsilon / mu - mu / 2))
@@ -64,7 +64,7 @@ def epsilon_edgeworth(events: Sequence[Event], delta: float, order: int = 1) -> 
         order: 0 (normal approximation) to 3.
 
     Raises:
-        ValueError: if ``order`` is not 0 to 3 or the expansion never falls below ``delta``.
+        ValueError: if `order` is not 0 to 3 or the expansion never falls below `delta`.
     """
     if order not in range(4):
         raise ValueError(f"order of the Edgeworth expansion must be 0, 1, 2 or 3, not {order}")
@@ -79,7 +79,7 @@ def epsilon_edgeworth(events: Sequence[Event], delta: float, order: int = 1) -> 
 
 
 def _last_crossing(upper: Array, lower: Array, delta: float, order: int) -> float:
-    """Largest epsilon at which the expanded delta(epsilon) is ``delta``; the expansion is not monotone."""
+    """Largest epsilon at which the expanded delta(epsilon) is `delta`; the expansion is not monotone."""
     survival_upper, survival_lower = _survival(upper, order), _survival(lower, order)
 
     def excess(epsilon: Array) -> Array:

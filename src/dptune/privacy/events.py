@@ -18,7 +18,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, order=True)
 class Event:
-    """``count`` Poisson-subsampled Gaussian releases with the same parameters (SPECIFICATION.md 2 and 7.5).
+    """`count` Poisson-subsampled Gaussian releases with the same parameters (SPECIFICATION.md 2 and 7.5).
 
     Attributes:
         noise_multiplier: noise standard deviation over the clip norm of one record.

@@ -43,7 +43,7 @@ class LoopEngine:
 
     def __init__(self, model: torch.nn.Module, loss: LossFunction) -> None:
         self.model, self.loss = model, loss
-        self.parameters = trained(model)
+        self.parameters = trainable_parameters(model)
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, Gradients]:
         """Losses [b] and gradients [b, *shape] of a physical batch."""
@@ -59,7 +59,7 @@ class LoopEngine:
         """Nothing was hung on the model."""
 
 
-def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Trained parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -71,7 +71,7 @@ def rows_of(batch: Batch) -> int:
 
 @contextmanager
 def moved(parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
-    """With the weights moved a little meanwhile: a factor that starts at zero hides its partner."""
+    """Weights that are moved a little inside of the `with`: a factor that is zero hides its partner's gradient."""
     before = {name: value.detach().clone() for name, value in parameters.items()}
     try:
         with torch.no_grad():

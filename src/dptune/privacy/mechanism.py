@@ -10,7 +10,6 @@ Clip bounds and noise are functions of the plan and of what was released before,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from dptune.privacy.allocation import (
     AllocationState,
     Group,
-    PrecisionLedger,
+    PrecisionBudget,
     PrecisionRow,
     Vector,
     clamp_weights,
@@ -31,34 +30,30 @@ from dptune.privacy.allocation import (
     noise_stds,
     share_std,
 )
-from dptune.privacy.clipping import ClippedSum, ClipRule, clip_and_sum
+from dptune.privacy.clipping import NONE, ClippedSum, ClipRule, clip_and_sum
 from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.rules import GROUPINGS, row_of
 from dptune.privacy.streams import KeyRing, Purpose, grid_of
 
 _BITS = "quantile bits"  # name of the noise stream of the quantile tracker
-
-_ADAPTER_PART = re.compile(r"(lora|vera|ia3|hada|lokr|oft|boft|hra|adapter)_\w+|modules_to_save")
 
 
 def groups_of(named_shapes: Mapping[str, torch.Size], grouping: str) -> tuple[Group, ...]:
     """Cut trainable parameters into groups, in their order of appearance.
 
     Args:
-        named_shapes: Shape of each trainable parameter, by its name in the model.
-        grouping: `all`: one group; `matrix`: each parameter; `module`: the parameters which adapt one module
-            (both factors of LoRA); `layer`: everything in one layer, by the first number in the name; `kind`:
-            the same parameter of all layers.
+        named_shapes: shape of each trainable parameter, by its name in the model.
+        grouping: a key of `GROUPINGS`.
 
     Raises:
-        ValueError: If the grouping is unknown or there are no parameters.
+        ValueError: if the grouping is unknown or there are no parameters.
     """
-    if grouping not in _GROUP_NAMES:
-        raise ValueError(f"grouping {grouping!r} is unknown; choose one of {', '.join(_GROUP_NAMES)}")
+    group_of = row_of(GROUPINGS, grouping, "grouping")
     if not named_shapes:
         raise ValueError("the adapter has no trainable parameters; nothing can be trained")
     members: dict[str, list[str]] = {}
     for name in named_shapes:
-        members.setdefault(_GROUP_NAMES[grouping](name), []).append(name)
+        members.setdefault(group_of(name), []).append(name)
     return tuple(
         Group(
             name=group,
@@ -70,38 +65,18 @@ def groups_of(named_shapes: Mapping[str, torch.Size], grouping: str) -> tuple[Gr
     )
 
 
-def _module_of(name: str) -> str:
-    parts = name.split(".")
-    adapter = next((i for i, part in enumerate(parts) if _ADAPTER_PART.fullmatch(part)), len(parts) - 1)
-    return ".".join(parts[:adapter]) or name
-
-
-def _layer_of(name: str) -> str:
-    number = re.search(r"(?:^|\.)\d+(?=\.|$)", name)
-    return name[: number.end()] if number else "outside the layers"
-
-
-_GROUP_NAMES: dict[str, Callable[[str], str]] = {
-    "all": lambda name: "all",
-    "matrix": lambda name: name,
-    "module": _module_of,
-    "layer": _layer_of,
-    "kind": lambda name: re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name),
-}
-
-
 @dataclass(frozen=True)
 class Release:
     """What one step lets out. Everything but `telemetry` may be published.
 
     Attributes:
-        step: The step, from 0.
+        step: the step, from 0.
         private: False if the plan is not private: then `gradients` are exact.
         gradients: y / L by parameter, float32, on the device of the gradients (the CPU after an empty batch).
         noise_std: s_g / L by group, the noise in each coordinate of `gradients`.
         thresholds: C_g by group that this step clipped with.
-        effective_noise_multiplier: Of everything released in this step together; 0 without privacy.
-        telemetry: Must not leave the trust boundary (1.5); keys start with `NON_PRIVATE/`.
+        effective_noise_multiplier: of everything released in this step together; 0 without privacy.
+        telemetry: must not leave the trust boundary (1.5); keys start with `NON_PRIVATE/`.
     """
 
     step: int
@@ -141,12 +116,12 @@ class Mechanism:
         """Prepare step 0.
 
         Args:
-            plan: What was accounted for.
-            groups: From `groups_of`; names and parameters must be unique.
-            keys: Where the noise comes from.
+            plan: what was accounted for.
+            groups: from `groups_of`; names and parameters must be unique.
+            keys: where the noise comes from.
 
         Raises:
-            ValueError: If groups overlap, or the keys are not of the plan's noise mode.
+            ValueError: if groups overlap, or the keys are not of the plan's noise mode.
         """
         names = [group.name for group in groups]
         parameters = [name for group in groups for name in group.parameters]
@@ -172,7 +147,7 @@ class Mechanism:
 
     @property
     def state(self) -> AllocationState:
-        """What is remembered of the released history."""
+        """What is kept of the released history."""
         return self._state
 
     def set_public_weights(self, weights: Mapping[str, float]) -> None:
@@ -183,10 +158,10 @@ class Mechanism:
         not accounted for.
 
         Args:
-            weights: One finite weight >= 0 a group; clamped to [floor, 1] of the largest.
+            weights: one finite weight >= 0 a group; clamped to [floor, 1] of the largest.
 
         Raises:
-            ValueError: In the middle of a step, or if groups or values are wrong.
+            ValueError: in the middle of a step, or if groups or values are wrong.
         """
         self._require_between_steps("weights are set")
         if weights.keys() != {group.name for group in self.groups}:
@@ -199,14 +174,14 @@ class Mechanism:
         """Clip the gradients of one physical batch and add them to the sum of the step.
 
         Args:
-            per_example: For every parameter of every group, the gradients of each row, shape (b, *shape).
-            units: Position of each row's privacy unit in the logical batch, integers of shape (b,). Needed
+            per_example: for every parameter of every group, the gradients of each row, shape (b, *shape).
+            units: position of each row's privacy unit in the logical batch, integers of shape (b,). Needed
                 for `user_uls`, where the rows of a user are averaged and must be in the same physical batch.
                 With `example` they are optional, and guard against a row that is added twice. With
                 `user_els` each row counts on its own, and they are not looked at.
 
         Raises:
-            ValueError: If all steps are spent, parameters or rows disagree, or a unit comes twice in a step.
+            ValueError: if all steps are spent, parameters or rows disagree, or a unit comes twice in a step.
         """
         step = self._public_step()
         by_user = self.plan.unit == "user_uls"
@@ -228,15 +203,15 @@ class Mechanism:
         """Add noise to the sum of the step, once, and go to the next; an empty batch is noise alone.
 
         Args:
-            step: Must be `next_step`: noise is never drawn twice for a step, and never skipped.
-            all_reduce: Adds a float64 vector over the ranks in place. Every rank then draws the same noise
+            step: must be `next_step`: noise is never drawn twice for a step, and never skipped.
+            all_reduce: adds a float64 vector over the ranks in place. Every rank then draws the same noise
                 from the same keys, so that it is in the reduced sum once.
-            num_units: Units of the whole batch, those of other ranks included. Needed for `user_uls` with
+            num_units: units of the whole batch, those of other ranks included. Needed for `user_uls` with
                 `all_reduce`: a user whose rows are on two ranks would be clipped twice.
 
         Raises:
-            PrecisionError: If the noise falls short of the plan; nothing is released.
-            ValueError: If it is not this step's turn, or the sum is not of `num_units` units.
+            PrecisionError: if the noise falls short of the plan; nothing is released.
+            ValueError: if it is not this step's turn, or the sum is not of `num_units` units.
         """
         public = self._public_step()
         if step != self._next_step:
@@ -254,7 +229,7 @@ class Mechanism:
         bits = self._bit_rows(public.bit_std)
         effective = 0.0
         if self.plan.private:
-            effective = PrecisionLedger(total.sensitivity.rows(public.stds) + bits).check(public.sigma)
+            effective = PrecisionBudget(total.sensitivity.rows(public.stds) + bits).check(public.sigma)
 
         released = [
             self._noised(values, float(std), step, group.name)
@@ -291,7 +266,7 @@ class Mechanism:
         """Everything that later steps depend on; plain values, released quantities only.
 
         Raises:
-            ValueError: In the middle of a step: sums without noise do not go into a checkpoint.
+            ValueError: in the middle of a step: sums without noise do not go into a checkpoint.
         """
         self._require_between_steps("the state is saved")
         return {
@@ -305,7 +280,7 @@ class Mechanism:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: In the middle of a step, or if the state is of another plan, of other groups or of an
+            ValueError: in the middle of a step, or if the state is of another plan, of other groups or of an
                 earlier step.
         """
         self._require_between_steps("a state is loaded")
@@ -333,14 +308,14 @@ class Mechanism:
             raise ValueError(f"all {self.plan.steps} steps of the plan are released; a longer run needs its own plan")
         if not self.plan.private:
             nothing = (0.0,) * len(self.groups)
-            return _Step(0.0, 0.0, 0.0, ClipRule("none", self._state.thresholds, self._state.thresholds, nothing, 0.0))
+            return _Step(0.0, 0.0, 0.0, ClipRule(NONE, self._state.thresholds, self._state.thresholds, nothing, 0.0))
         allocation, tracker = self.plan.allocation, self.plan.quantile
         sigma = float(self._sigmas[self._next_step])
         bit_std = share_std(sigma, 0.5, tracker.share / len(self.groups)) if tracker else 0.0
-        gradient_sigma = PrecisionLedger(self._bit_rows(bit_std)).remaining(sigma)
+        gradient_sigma = PrecisionBudget(self._bit_rows(bit_std)).remaining(sigma)
         weights = self._weights()
         thresholds = np.asarray(self._state.thresholds)
-        if allocation.rule == "joint" and tracker is not None:
+        if allocation.row.solves_thresholds and tracker is not None:
             means = mean_of_quantile(thresholds, tracker.quantile)
             thresholds = joint_thresholds(
                 means, self._dimensions, weights, gradient_sigma, self.plan.expected_batch_size
@@ -358,10 +333,10 @@ class Mechanism:
 
     def _weights(self) -> Vector:
         allocation = self.plan.allocation
-        if allocation.rule != "lora_weight_space":
+        if not allocation.row.takes_weights:
             return self._state.weights(allocation.weights, allocation.floor)
         if self._public_weights is None:
-            raise ValueError("allocation rule lora_weight_space: call set_public_weights before the first step")
+            raise ValueError(f"allocation rule {allocation.rule}: call set_public_weights before the first step")
         return clamp_weights([self._public_weights[group.name] for group in self.groups], allocation.floor)
 
     def _bit_rows(self, bit_std: float) -> tuple[PrecisionRow, ...]:

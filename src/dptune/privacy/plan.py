@@ -1,7 +1,7 @@
 """The privacy plan: one frozen object from which sampler, mechanism and accounting all follow.
 
-Because sample rate, clipping, noise and events are read from the same object, they cannot disagree. A plan
-that could not be true is refused when it is built (SPECIFICATION.md 1 and 2.1).
+Sample rate, clipping, noise and events are read from the same object, so that they cannot disagree. A plan whose
+epsilon could not be true is refused when it is built (SPECIFICATION.md 1 and 2.1).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,21 +20,20 @@ from numpy.typing import NDArray
 from dptune.privacy import accounting
 from dptune.privacy.accounting import Reported
 from dptune.privacy.events import Event, PlanError
+from dptune.privacy.rules import (
+    ALLOCATIONS,
+    CLIPPINGS,
+    GROUPINGS,
+    UNITS,
+    WEIGHTS,
+    AllocationRule,
+    NoiseMode,
+)
 from dptune.privacy.sampling import PoissonSampler, cap_per_user
 from dptune.privacy.schedules import Schedule
-from dptune.privacy.streams import KeyRing, NoiseMode
-
-if TYPE_CHECKING:
-    from dptune.privacy.allocation import Group
-    from dptune.privacy.mechanism import Mechanism
+from dptune.privacy.streams import KeyRing
 
 __all__ = ["Allocation", "Clipping", "PlanError", "PrivacyPlan", "QuantileTracking", "Schedule"]
-
-Unit = Literal["example", "user_els", "user_uls"]
-ClippingKind = Literal["flat", "group", "scaled_flat", "auto_s", "auto_v", "psac"]
-Grouping = Literal["all", "matrix", "module", "layer", "kind"]
-Rule = Literal["uniform", "equal_budget", "min_energy", "equal_snr", "joint", "lora_weight_space"]
-Weights = Literal["static", "released_energy", "adam"]
 
 
 def _floats(value: Any) -> Any:
@@ -46,8 +45,8 @@ def _floats(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _one_of(name: str, value: object, literal: Any, why: str = "") -> None:
-    allowed = get_args(literal)
+def _one_of(name: str, value: str, choices: Iterable[str], why: str = "") -> None:
+    allowed = tuple(choices)
     if value not in allowed:
         reason = f"; {why}" if why else ""
         raise PlanError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{reason}")
@@ -68,15 +67,15 @@ class Clipping:
     """How one unit's gradient is bounded (SPECIFICATION.md 2.1 and 4.2).
 
     Attributes:
-        kind: ``flat``, ``group`` (M1), ``scaled_flat`` (M2), or the automatic clippings AUTO-S, AUTO-V, PSAC.
+        kind: a key of `CLIPPINGS`.
         stability: the constant gamma of AUTO-S and r of PSAC.
     """
 
-    kind: ClippingKind = "flat"
+    kind: str = "flat"
     stability: float = 0.01
 
     def __post_init__(self) -> None:
-        _one_of("clipping kind", self.kind, ClippingKind)
+        _one_of("clipping kind", self.kind, CLIPPINGS)
         _within("clipping stability", self.stability, 0, math.inf)
 
 
@@ -85,32 +84,36 @@ class Allocation:
     """How noise is shared over the groups at a pinned joint noise multiplier (SPECIFICATION.md 2.2 to 2.6).
 
     Attributes:
-        rule: member of the family, ``joint`` thresholds, or LoRA weight-space weights.
-        weights: importance of a group: constant, or from what was already released. Nothing else is accepted,
-            because weights that look at anything private but unreleased would have to be paid for.
+        rule: a key of `ALLOCATIONS`.
+        weights: a key of `WEIGHTS`: how important a group is.
         ema: memory of the released energies, in [0, 1).
         floor: smallest over largest weight, in (0, 1].
     """
 
-    rule: Rule = "uniform"
-    weights: Weights = "static"
+    rule: str = "uniform"
+    weights: str = "static"
     ema: float = 0.8
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
-        _one_of("allocation rule", self.rule, Rule)
-        _one_of("allocation weights", self.weights, Weights, "only functions of released gradients are free")
+        _one_of("allocation rule", self.rule, ALLOCATIONS)
+        _one_of("allocation weights", self.weights, WEIGHTS, "only functions of released gradients are free")
         if not 0 <= self.ema < 1:
             raise PlanError(f"allocation ema must lie in [0, 1), not {self.ema}")
         if not 0 < self.floor <= 1:
             raise PlanError(f"allocation floor must lie in (0, 1], not {self.floor}")
+
+    @property
+    def row(self) -> AllocationRule:
+        """The rule's row of `ALLOCATIONS`."""
+        return ALLOCATIONS[self.rule]
 
 
 @dataclass(frozen=True)
 class QuantileTracking:
     """Private tracking of a quantile of the gradient norms as clip norm (SPECIFICATION.md 4.1).
 
-    Its bits join the same release: they take ``share`` of the precision, and the gradients get the multiplier
+    Its bits join the same release: they take `share` of the precision, and the gradients get the multiplier
     sigma / sqrt(1 - share), so that the joint multiplier stays the plan's.
 
     Attributes:
@@ -141,11 +144,11 @@ class PrivacyPlan:
     """Everything that decides the privacy of one training run.
 
     Neighbouring data sets differ in one unit whose gradient is replaced by zero (zero-out adjacency), so that
-    ``num_units``, the sample rate, ``steps`` and ``expected_batch_size`` are the same public constants for
+    `num_units`, the sample rate, `steps` and `expected_batch_size` are the same public constants for
     both (SPECIFICATION.md 1.1). The guarantee is for the whole transcript of releases.
 
     Attributes:
-        num_units: N, the public number of sampled units: examples, or users for ``user_uls``.
+        num_units: N, the public number of sampled units: examples, or users for `user_uls`.
         expected_batch_size: L = q N, the public divisor of the noised sum.
         steps: number of releases T; with 0 nothing is released and epsilon is 0.
         delta: fixed before training, at most 1/N; 1/(10 N) or less is the usual choice.
@@ -154,14 +157,14 @@ class PrivacyPlan:
         max_grad_norm: clip norm C of one unit; infinite if and only if not private.
         unit: one example; one user by sampling examples (ELS); one user by sampling users (ULS).
         examples_per_user: ELS: the cap k per user; ULS: rows G of a sampled user that take part; else None.
-        sampling: only ``poisson``.
+        sampling: only `poisson`.
         clipping: how a unit's gradient is bounded.
         grouping: what one parameter group is.
         allocation: how noise is shared over the groups.
         quantile: tracking of clip norms, or None.
         schedule: public schedule of the noise multiplier.
         one_shot: releases paid beside the steps, such as a private subspace.
-        noise_mode: ``secure``, or ``reproducible`` (accounted, not realised, for whoever knows the seed).
+        noise_mode: `secure`, or `reproducible` (accounted, not realised, for whoever knows the seed).
     """
 
     num_units: int
@@ -171,11 +174,11 @@ class PrivacyPlan:
     private: bool = True
     noise_multiplier: float
     max_grad_norm: float
-    unit: Unit = "example"
+    unit: str = "example"
     examples_per_user: int | None = None
-    sampling: Literal["poisson"] = "poisson"
+    sampling: str = "poisson"
     clipping: Clipping = field(default_factory=Clipping)
-    grouping: Grouping = "all"
+    grouping: str = "all"
     allocation: Allocation = field(default_factory=Allocation)
     quantile: QuantileTracking | None = None
     schedule: Schedule = field(default_factory=Schedule)
@@ -185,9 +188,9 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         _at_least("num_units", self.num_units, 1)
         _at_least("steps", self.steps, 0)
-        _one_of("unit", self.unit, Unit)
-        _one_of("grouping", self.grouping, Grouping)
-        _one_of("noise_mode", self.noise_mode, NoiseMode)
+        _one_of("unit", self.unit, UNITS)
+        _one_of("grouping", self.grouping, GROUPINGS)
+        _one_of("noise_mode", self.noise_mode, get_args(NoiseMode))
         if self.sampling != "poisson":
             raise PlanError(
                 f"sampling must be 'poisson', not {self.sampling!r}: shuffled or truncated batches do not"
@@ -227,20 +230,20 @@ class PrivacyPlan:
             raise PlanError("one_shot releases bound records, not users: use unit example or user_els with them")
         if any(event.group_size != self._group_size for event in self.one_shot):
             raise PlanError(f"each one_shot event must count {self._group_size} records of a unit: set its group_size")
-        if self.clipping.kind == "flat" and self.allocation.rule != "uniform":
+        if CLIPPINGS[self.clipping.kind].uniform_only and self.allocation.rule != "uniform":
             raise PlanError(
-                "flat clipping fits uniform noise only;"
+                f"{self.clipping.kind} clipping fits uniform noise only;"
                 f" with allocation {self.allocation.rule} use scaled_flat clipping"
             )
-        if self.allocation.rule == "joint" and self.quantile is None:
-            raise PlanError("allocation joint needs released norms: set quantile tracking")
+        if self.allocation.row.solves_thresholds and self.quantile is None:
+            raise PlanError(f"allocation {self.allocation.rule} needs released norms: set quantile tracking")
 
     @classmethod
     def non_private(cls, **fields: Any) -> PrivacyPlan:
         """Build the plan of the same loop with infinite clip and no noise; it has no epsilon.
 
         Args:
-            **fields: fields of the plan; at least ``num_units``, ``expected_batch_size`` and ``steps``.
+            **fields: fields of the plan; at least `num_units`, `expected_batch_size` and `steps`.
         """
         defaults = {"delta": 0.1 / max(fields["num_units"], 1), "noise_mode": "reproducible"}
         return cls(**(defaults | fields), private=False, noise_multiplier=0.0, max_grad_norm=math.inf)
@@ -255,17 +258,12 @@ class PrivacyPlan:
         """Records of one unit that each release may see: k for ELS, else 1."""
         return (self.examples_per_user or 1) if self.unit == "user_els" else 1
 
-    @property
-    def gradient_noise_multiplier(self) -> float:
-        """Multiplier left for the gradients at factor 1, after the quantile bits have taken their share."""
-        return self.noise_multiplier / math.sqrt(1 - (self.quantile.share if self.quantile else 0.0))
-
     def noise_multipliers(self) -> NDArray[np.float64]:
         """Joint noise multiplier of each step, shape (steps,)."""
         return self.noise_multiplier * self.schedule.factors(self.steps)
 
     def events(self, steps: int | None = None) -> tuple[Event, ...]:
-        """What the first ``steps`` steps (all by default) and the one-shot releases are to an accountant.
+        """What the first `steps` steps (all by default) and the one-shot releases are to an accountant.
 
         Empty for a non-private plan, which no accountant accepts.
         """
@@ -281,7 +279,7 @@ class PrivacyPlan:
         )
 
     def epsilon(self, steps: int | None = None) -> float:
-        """Upper bound on epsilon at the plan's delta after ``steps`` steps, all by default.
+        """Upper bound on epsilon at the plan's delta after `steps` steps, all by default.
 
         Infinite if the plan is not private.
         """
@@ -316,7 +314,7 @@ class PrivacyPlan:
         Args:
             keys: keys of the run, of the plan's noise mode if private.
             users: user of each row; needed for user-level units.
-            examples: number of rows, if users are not given; by default ``num_units``.
+            examples: number of rows, if users are not given; by default `num_units`.
 
         Raises:
             PlanError: if the data do not have the units the plan speaks of.
@@ -341,14 +339,8 @@ class PrivacyPlan:
         if found != self.num_units:
             raise PlanError(f"the plan is for {self.num_units} {what}, the data have {found}: set num_units to match")
 
-    def mechanism(self, groups: Sequence[Group], keys: KeyRing) -> Mechanism:
-        """The mechanism that clips, sums, noises and normalises for this plan (needs torch)."""
-        from dptune.privacy.mechanism import Mechanism
-
-        return Mechanism(self, groups, keys)
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; :meth:`from_dict` inverts it."""
+        """Plain values for JSON; `from_dict` inverts it."""
         values = dataclasses.asdict(self)
         values["max_grad_norm"] = self.max_grad_norm if self.private else "inf"
         values["one_shot"] = list(values["one_shot"])
@@ -356,7 +348,7 @@ class PrivacyPlan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyPlan:
-        """Rebuild a plan from :meth:`to_dict`.
+        """Rebuild a plan from `to_dict`.
 
         Raises:
             PlanError: if a key is unknown or missing.

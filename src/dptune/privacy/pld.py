@@ -52,7 +52,7 @@ def compose(events: Sequence[Event], grid_interval: float | None = None) -> Priv
 
     Args:
         events: at least one event.
-        grid_interval: width of the loss grid; by default :func:`interval`. Any width gives an upper bound.
+        grid_interval: width of the loss grid; by default `interval`. Any width gives an upper bound.
 
     Raises:
         ValueError: without events.

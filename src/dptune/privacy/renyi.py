@@ -21,11 +21,11 @@ ORDERS: tuple[float, ...] = (
 
 
 def renyi_divergence(event: Event, order: float) -> float:
-    """Rényi divergence of one release of ``event`` at ``order`` > 1, larger of both directions.
+    """Rényi divergence of one release of `event` at `order` > 1, larger of both directions.
 
     The integral of (P/Q)^order under Q by the trapezoid rule on a grid fine enough for machine precision;
     for whole orders it equals the closed form of Mironov, Talwar & Zhang 2019 (arXiv:1908.10530), who also
-    show that the remove direction dominates when ``group_size`` is 1.
+    show that the remove direction dominates when `group_size` is 1.
     """
     sigma, k = event.noise_multiplier, event.group_size
     if event.sample_rate == 1.0:
@@ -49,7 +49,7 @@ def renyi_divergence(event: Event, order: float) -> float:
 
 
 def renyi_curve(events: Sequence[Event]) -> NDArray[np.float64]:
-    """Rényi divergences of all events together at ``ORDERS`` (they add up)."""
+    """Rényi divergences of all events together at `ORDERS` (they add up)."""
     total = np.zeros(len(ORDERS))
     for event in merge(events):
         total += event.count * _curve(event.noise_multiplier, event.sample_rate, event.group_size)
@@ -65,7 +65,7 @@ def _curve(noise_multiplier: float, sample_rate: float, group_size: int) -> NDAr
 
 
 def epsilon_at(divergence: float, order: float, delta: float) -> float:
-    """Epsilon of an (order, divergence)-RDP mechanism at ``delta``.
+    """Epsilon of an (order, divergence)-RDP mechanism at `delta`.
 
     Canonne, Kamath & Steinke 2020 (arXiv:2004.00010), Proposition 12.
     """
@@ -73,7 +73,7 @@ def epsilon_at(divergence: float, order: float, delta: float) -> float:
 
 
 def optimum(curve: NDArray[np.float64], delta: float) -> tuple[float, float]:
-    """Smallest epsilon (at least 0) over ``ORDERS`` at ``delta``, and the order that gives it.
+    """Smallest epsilon (at least 0) over `ORDERS` at `delta`, and the order that gives it.
 
     Raises:
         ValueError: if no order has a finite divergence.
@@ -86,12 +86,12 @@ def optimum(curve: NDArray[np.float64], delta: float) -> tuple[float, float]:
 
 
 def delta_at(curve: NDArray[np.float64], epsilon: float) -> float:
-    """Smallest delta in [0, 1] at ``epsilon`` over ``ORDERS``: the inverse of :func:`epsilon_at`."""
+    """Smallest delta in [0, 1] at `epsilon` over `ORDERS`: the inverse of `epsilon_at`."""
     orders = np.array(ORDERS)
     exponents = (orders - 1) * (curve - epsilon + np.log1p(-1 / orders)) - np.log(orders)
     return float(np.exp(np.minimum(exponents[np.isfinite(curve)], 0.0).min(initial=0.0)))
 
 
 def epsilon_rdp(events: Sequence[Event], delta: float) -> float:
-    """Upper bound on epsilon at ``delta`` by Rényi DP (SPECIFICATION.md 7.1); looser than the reference."""
+    """Upper bound on epsilon at `delta` by Rényi DP (SPECIFICATION.md 7.1); looser than the reference."""
     return optimum(renyi_curve(events), delta)[0]

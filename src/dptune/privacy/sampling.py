@@ -60,7 +60,7 @@ class PoissonSampler:
     def over_users(
         cls, keys: KeyRing, sample_rate: float, users: Sequence[Hashable], examples_per_user: int
     ) -> PoissonSampler:
-        """Sample users (ULS); each brings up to ``examples_per_user`` rows, chosen by public coins."""
+        """Sample users (ULS); each brings up to `examples_per_user` rows, chosen by public coins."""
         rows = rows_by_user(users)
         return cls(keys, sample_rate, tuple(rows.values()), tuple(rows), examples_per_user)
 
@@ -98,7 +98,7 @@ def rows_by_user(users: Sequence[Hashable]) -> Mapping[str, Rows]:
 
 
 def cap_per_user(users: Sequence[Hashable], examples_per_user: int, keys: KeyRing) -> Rows:
-    """Rows kept when each user may have at most ``examples_per_user`` of them, in ascending order (ELS).
+    """Rows kept when each user may have at most `examples_per_user` of them, in ascending order (ELS).
 
     Which of a user's rows are kept depends on public coins and on the number of that user's own rows, so that
     nobody else's data can change it (SPECIFICATION.md 7.5).

@@ -1,7 +1,6 @@
 """What a whole sweep costs: all runs released, or only the best of a random number (SPECIFICATION.md 8).
 
-The epsilon of one run says nothing about the choice among several runs on the same private data. The
-sentences that may be written under a table are built here, from the plans of the runs.
+The epsilon of one run says nothing about the choice among several runs on the same private data.
 """
 
 from __future__ import annotations
@@ -10,33 +9,23 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
 from dptune.privacy import accounting
-from dptune.privacy.accounting import rounded_up
 from dptune.privacy.events import Event, PlanError
-from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.renyi import ORDERS, delta_at, optimum, renyi_curve
 from dptune.privacy.streams import KeyRing, Purpose, grid_of
 
-Rule = Literal["all", "best_of_grid", "best_of_random", "per_run"]
-
 
 def epsilon_all(runs: Sequence[Sequence[Event]], delta: float) -> float:
-    """Epsilon at ``delta`` of releasing every run: the reference accountant over all their events together.
+    """Epsilon at `delta` of releasing every run: the reference accountant over all their events together.
 
     Seeds and repeats on the same private data count as runs.
     """
     return accounting.epsilon([event for run in runs for event in run], delta)
-
-
-def epsilon_basic(runs: Sequence[Sequence[Event]], delta: float) -> float:
-    """Epsilon of the same by adding up each run's own at delta/len(runs): the naive cost of a grid."""
-    return sum(accounting.epsilon(run, delta / len(runs)) for run in runs)
 
 
 @dataclass(frozen=True)
@@ -48,7 +37,7 @@ class Repetitions:
 
     Attributes:
         mean: expected number of runs, above 1 (Poisson: at least 1, where the bound is proven).
-        eta: shape, above -1, of the truncated negative binomial; 1 geometric, 0 logarithmic, ``math.inf``
+        eta: shape, above -1, of the truncated negative binomial; 1 geometric, 0 logarithmic, `math.inf`
             Poisson. A Poisson K can be 0: then the base model is released.
     """
 
@@ -91,7 +80,7 @@ class Repetitions:
             probability *= (1 - gamma) * (k + self.eta) / (k + 1)
 
     def quantile(self, level: float) -> int:
-        """Smallest k with P(K <= k) >= ``level``, which lies in (0, 1)."""
+        """Smallest k with P(K <= k) >= `level`, which lies in (0, 1)."""
         total = 0.0
         for k, probability in self.probabilities():
             total += probability
@@ -105,7 +94,7 @@ class Repetitions:
         return self.quantile(float(keys.stream(Purpose.SWEEP_K).uniform(1)[0]))
 
     def renyi_curve(self, run: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Rényi curve at ``ORDERS`` of releasing the best run, from that of one run.
+        """Rényi curve at `ORDERS` of releasing the best run, from that of one run.
 
         Papernot & Steinke 2022, Theorems 2 (truncated negative binomial) and 6 (Poisson).
         """
@@ -119,7 +108,7 @@ class Repetitions:
 
 
 def score_event(noise_multiplier: float) -> Event:
-    """What a noisy count of right answers is to an accountant: a Gaussian of sensitivity 1 (SPECIFICATION.md 8.2)."""
+    """A noisy count of right answers as an accountant sees it: a Gaussian of sensitivity 1 (SPECIFICATION.md 8.2)."""
     return Event(noise_multiplier, 1.0)
 
 
@@ -137,12 +126,12 @@ def noisy_score(right: int, noise_multiplier: float, keys: KeyRing) -> float:
 
 
 def curve_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions) -> NDArray[np.float64]:
-    """Rényi curve at ``ORDERS`` of releasing only the best of K runs; arguments as for :func:`epsilon_best`."""
+    """Rényi curve at `ORDERS` of releasing only the best of K runs; arguments as for `epsilon_best`."""
     return repetitions.renyi_curve(np.max([renyi_curve(events) for events in candidates], axis=0))
 
 
 def epsilon_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions, delta: float) -> float:
-    """Epsilon at ``delta`` of releasing only the best of K runs, by Rényi DP.
+    """Epsilon at `delta` of releasing only the best of K runs, by Rényi DP.
 
     Args:
         candidates: events of every config that the prior can draw, and those of the score, which is counted on
@@ -151,79 +140,3 @@ def epsilon_best(candidates: Sequence[Sequence[Event]], repetitions: Repetitions
         delta: target delta.
     """
     return optimum(curve_best(candidates, repetitions), delta)[0]
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What may be said about a sweep.
-
-    Attributes:
-        text: one sentence for a table's foot.
-        epsilon: of the procedure; None if only single runs are covered.
-        delta: of the procedure.
-        largest_run: largest epsilon of a single run at its own delta.
-        excludes_tuning: True if the choice among the runs is not paid for.
-    """
-
-    text: str
-    epsilon: float | None
-    delta: float
-    largest_run: float
-    excludes_tuning: bool
-
-
-def statement(
-    plans: Sequence[PrivacyPlan],
-    rule: Rule,
-    *,
-    delta: float | None = None,
-    repetitions: Repetitions | None = None,
-    score_is_covered: bool = False,
-) -> Statement:
-    """The sentence that may be written about the runs of a sweep on the same private data.
-
-    Args:
-        plans: one per executed run, seeds and repeats included; for ``best_of_random`` one per config that
-            the prior can draw.
-        rule: ``all``: every run or metric is released. ``best_of_grid``: the best of a fixed set of runs,
-            which costs what releasing all of them costs. ``best_of_random``: the best of a secret, random
-            number of runs. ``per_run``: the choice is not accounted for.
-        delta: of the procedure; by default the smallest of the plans.
-        repetitions: distribution of the number of runs, for ``best_of_random``.
-        score_is_covered: the score that selects is public, or noised inside each run's budget.
-
-    Raises:
-        PlanError: if no such sentence would be true.
-    """
-    if not plans:
-        raise PlanError("a statement needs at least one plan")
-    if len({plan.unit for plan in plans}) > 1:
-        raise PlanError("runs with different privacy units have no common epsilon: state them apart")
-    target = min(plan.delta for plan in plans) if delta is None else delta
-    largest = max(plan.epsilon() for plan in plans)
-    at = f"delta = {target:g}, unit {plans[0].unit}"
-    if rule == "per_run":
-        text = (
-            f"Epsilon is per run ({rounded_up(largest):.3f} at most) and excludes tuning: the choice is not paid for."
-        )
-        return Statement(text, None, target, largest, excludes_tuning=True)
-    if not all(plan.private for plan in plans):
-        raise PlanError("a sweep with a non-private run on the same data has no epsilon: leave that run out")
-    runs = [plan.events() for plan in plans]
-    if rule in ("all", "best_of_grid"):
-        epsilon = epsilon_all(runs, target)
-        what = "releasing all" if rule == "all" else "choosing the best of a fixed set of"
-        text = f"Epsilon of {what} {len(plans)} runs together is {rounded_up(epsilon):.3f} ({at}, PLD)."
-    elif rule == "best_of_random":
-        if repetitions is None:
-            raise PlanError("best_of_random needs repetitions: the distribution of the secret number of runs")
-        if not score_is_covered:
-            raise PlanError("best_of_random needs a score on public data, or one noised inside the budget")
-        epsilon = epsilon_best(runs, repetitions, target)
-        text = (
-            "Epsilon of releasing the best of a random, secret number of runs"
-            f" (mean {repetitions.mean:g}) is {rounded_up(epsilon):.3f} ({at}, RDP)."
-        )
-    else:
-        raise PlanError(f"rule must be all, best_of_grid, best_of_random or per_run, not {rule!r}")
-    return Statement(text, epsilon, target, largest, excludes_tuning=False)

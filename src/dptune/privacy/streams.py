@@ -1,6 +1,6 @@
 """Keyed random streams: every random bit that privacy rests on (SPECIFICATION.md 10.1 and 10.2).
 
-A :class:`KeyRing` holds one 32-byte master key. Each purpose, step, parameter group and rank gets its own
+A `KeyRing` holds one 32-byte master key. Each purpose, step, parameter group and rank gets its own
 stream, whose key is a SHA-256 hash of all of them, so that streams are independent of each other and any
 of them can be opened again without replaying the others. Both noise modes take this one path; they differ
 only in where the master key comes from.
@@ -13,12 +13,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-NoiseMode = Literal["secure", "reproducible"]
+from dptune.privacy.rules import NoiseMode
 
 GRID_BITS = 10
 """Released values are multiples of the largest power of two that is at most their noise / 2**GRID_BITS (10.3)."""
@@ -40,8 +40,6 @@ class Purpose(StrEnum):
     """Membership of the Poisson batch (secret)."""
     NOISE = "noise"
     """Gaussian noise of the releases (secret)."""
-    DROPOUT = "dropout"
-    """Dropout masks."""
     CANARY = "canary"
     """Construction and inclusion of canaries."""
     SWEEP_K = "sweep_k"
@@ -55,10 +53,10 @@ class KeyRing:
     """The master key of one run, and the streams derived from it.
 
     Attributes:
-        master: 32 secret bytes; never part of ``repr``.
+        master: 32 secret bytes; never part of `repr`.
         run: identity of the run, including the hash of its data manifest: two runs that differ in data,
             batch or clipping must never share a noise key (SPECIFICATION.md 10.4).
-        mode: ``secure`` (operating-system entropy) or ``reproducible`` (derived from a public seed, so the
+        mode: `secure` (operating-system entropy) or `reproducible` (derived from a public seed, so the
             reported epsilon is accounted, not realised; SPECIFICATION.md 10.1).
     """
 
@@ -69,8 +67,8 @@ class KeyRing:
     def __post_init__(self) -> None:
         if len(self.master) != _KEY_BYTES:
             raise ValueError(f"master must be {_KEY_BYTES} bytes, not {len(self.master)}: use KeyRing.secure")
-        if self.mode not in ("secure", "reproducible"):
-            raise ValueError(f"mode must be 'secure' or 'reproducible', not {self.mode!r}")
+        if self.mode not in get_args(NoiseMode):
+            raise ValueError(f"mode must be {' or '.join(get_args(NoiseMode))}, not {self.mode!r}")
 
     @classmethod
     def reproducible(cls, seed: int, run: str) -> KeyRing:
@@ -110,12 +108,12 @@ class Stream:
         return f"Stream(calls={self._call})"
 
     def uniform(self, n: int) -> NDArray[np.float64]:
-        """Draw ``n`` uniforms in the open interval (0, 1): odd multiples of 2**-53."""
+        """Draw `n` uniforms in the open interval (0, 1): odd multiples of 2**-53."""
         words = np.frombuffer(self._bytes(8 * n), dtype="<u8")
         return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, n: int) -> NDArray[np.float64]:
-        """Draw ``n`` standard normals, each half the sum of four independent ones.
+        """Draw `n` standard normals, each half the sum of four independent ones.
 
         The four come from the Box-Muller transform. Summing them blurs the floating-point grid of a single
         draw (Holohan & Braghin 2021, arXiv:2107.10138; SPECIFICATION.md 10.3).
@@ -141,7 +139,7 @@ class Stream:
 
 
 def grid_of(std: float) -> float:
-    """Spacing of the public grid of values that are released with noise ``std`` > 0."""
+    """Spacing of the public grid of values that are released with noise `std` > 0."""
     return 2.0 ** (math.frexp(std)[1] - 1 - GRID_BITS)
 
 

@@ -8,8 +8,8 @@ the k reduced coordinates, and the released vector is lifted back.
     mechanism.accumulate(subspace.project(per_example))
     gradients = subspace.lift(mechanism.release(step).gradients)
 
-Nothing is to be done here for FFA-LoRA (2403.12313): a frozen public A is not among the trainable parameters,
-so that B alone is clipped and noised, which makes the noise in BA linear.
+FFA-LoRA (2403.12313) needs nothing of this: its frozen public A is not among the trainable parameters, so that B alone
+is clipped and noised, and the noise in BA is linear.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ from dptune.privacy.streams import KeyRing, Purpose, Stream
 class Subspace:
     """One orthonormal basis for each group; it must be public or a function of released quantities.
 
-    Privacy needs neither: any linear map before clipping is covered. Orthonormal columns make `lift` after
-    `project` the orthogonal projection, which keeps k/D of the energy of a gradient on average if the basis
-    is random.
+    Privacy does not need orthonormal columns: any linear map before clipping is covered. They make `lift` after
+    `project` the orthogonal projection, which on average keeps k/D of a gradient's energy if the basis is random.
 
     Attributes:
-        groups: The groups of the full parameters.
-        bases: For each group a float64 matrix of shape (d_g, k_g) with orthonormal columns.
+        groups: the groups of the full parameters.
+        bases: for each group a float64 matrix of shape (d_g, k_g) with orthonormal columns.
     """
 
     groups: tuple[Group, ...]
@@ -80,9 +79,9 @@ def random_subspace(groups: Sequence[Group], k: int, stream: Stream) -> Subspace
     """Uniformly random bases of at most k columns (5 b).
 
     Args:
-        groups: The groups.
-        k: Coordinates of each group; a smaller group keeps all of its own.
-        stream: Public, of purpose `projection`; one of a later step refreshes the subspace.
+        groups: the groups.
+        k: coordinates of each group; a smaller group keeps all of its own.
+        stream: public, of purpose `projection`; one of a later step refreshes the subspace.
     """
     generator = torch.Generator().manual_seed(stream.seed())
     bases = []
@@ -97,14 +96,14 @@ class Carriers:
     """Low-rank gradient carriers of each matrix: the coordinates of RGP (5 c4; Yu et al. 2021, 2106.09352).
 
     The gradient G (out, in) of W = W' + L R with respect to L is G R^T and with respect to R it is L^T G; those
-    r (out + in) numbers are what is clipped and noised. What is no matrix, or too small a matrix to have fewer
-    coordinates that way, keeps its own.
+    r (out + in) numbers are what is clipped and noised. A parameter that is no matrix, or for which they would not be
+    fewer than its entries, keeps its own coordinates.
 
     Like the bases of a `Subspace`, carriers must be public or a function of released quantities.
 
     Attributes:
-        groups: The groups of the full parameters.
-        pairs: By parameter L (out, r) with orthonormal columns and R (r, in) with orthonormal rows, float64.
+        groups: the groups of the full parameters.
+        pairs: by parameter L (out, r) with orthonormal columns and R (r, in) with orthonormal rows, float64.
     """
 
     groups: tuple[Group, ...]
@@ -137,8 +136,8 @@ class Carriers:
     def project(self, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """G R^T (b, out, r) and L^T G (b, r, in) of each matrix, other parameters as they are; dtypes stay.
 
-        The gradients G themselves, b out in numbers a matrix, have been made by the engine before. Carriers that
-        were part of the model would need b r (out + in) numbers instead, which is their other use in the paper.
+        The engine has made the gradients G by then, b * out * in numbers for each matrix. The paper also makes the
+        carriers part of the model, to need b * r * (out + in) numbers only; this is not done here.
         """
         coordinates: dict[str, Tensor] = {}
         for name, shape in _shapes(self.groups).items():
@@ -181,14 +180,14 @@ def gradient_carriers(
     """Carriers by one power iteration on an update, from a random start (5 c4; 2106.09352).
 
     Args:
-        groups: The groups.
+        groups: the groups.
         rank: r >= 1; a matrix with out in <= r (out + in) gets no carriers.
-        stream: Public, of purpose `projection`.
-        update: By parameter the update so far, or the sum of the gradients that were released; the scale does
+        stream: public, of purpose `projection`.
+        update: by parameter the update so far, or the sum of the gradients that were released; the scale does
             not matter. It must be a function of released quantities. None: the carriers are random.
 
     Raises:
-        ValueError: If no matrix would have fewer coordinates than entries.
+        ValueError: if no matrix would have fewer coordinates than entries.
     """
     generator = torch.Generator().manual_seed(stream.seed())
 
@@ -218,15 +217,15 @@ def principal_subspace(groups: Sequence[Group], gradients: Mapping[str, Tensor],
     """The k directions with most energy in the given gradients (5 c1 and c3).
 
     Free if the gradients are of public data (2007.03813) or are past releases; those of private data must be
-    paid for (`PaidSubspace`). Past releases that were lifted from a subspace do not lead out of it.
+    paid for (`PaidSubspace`). Releases that were lifted from a subspace lie in it, and so do their directions.
 
     Args:
-        groups: The groups.
-        gradients: Rows (n, *shape) of each parameter.
-        k: Directions of each group, at most n; a smaller group keeps all of its own.
+        groups: the groups.
+        gradients: rows (n, *shape) of each parameter.
+        k: directions of each group, at most n; a smaller group keeps all of its own.
 
     Raises:
-        ValueError: If there are fewer rows than directions.
+        ValueError: if there are fewer rows than directions.
     """
     rows = len(next(iter(gradients.values())))
     bases = []
@@ -252,13 +251,13 @@ class PaidSubspace:
         """Start an empty sum.
 
         Args:
-            groups: The groups.
-            plan: Of the training that will use the subspace; its one-shot event is what this release costs and
+            groups: the groups.
+            plan: of the training that will use the subspace; its one-shot event is what this release costs and
                 how much noise it gets.
-            keys: Where the noise comes from.
+            keys: where the noise comes from.
 
         Raises:
-            ValueError: If the plan does not pay for exactly one one-shot release, the keys are of another mode, or
+            ValueError: if the plan does not pay for exactly one one-shot release, the keys are of another mode, or
                 the sums do not fit into memory.
         """
         if len(plan.one_shot) != 1:
@@ -283,7 +282,7 @@ class PaidSubspace:
         """Add v v^T of each record; rows (b, *shape) of each parameter, each record once.
 
         Raises:
-            ValueError: If the subspace is released already.
+            ValueError: if the subspace is released already.
         """
         self._require_unreleased()
         flats = [_flat(group, per_example).cpu() for group in self._groups]
@@ -304,7 +303,7 @@ class PaidSubspace:
         """Add noise, once, and return the leading eigenvectors and what they cost.
 
         Raises:
-            ValueError: If it is called again.
+            ValueError: if it is called again.
         """
         self._require_unreleased()
         self._released = True
@@ -348,11 +347,11 @@ def adam_bc(first_moment: Tensor, second_moment: Tensor, noise_variance: float, 
     """Adam's direction without the bias of the noise: m / sqrt(max(v - Phi, floor)) (6; 2312.14334).
 
     Args:
-        first_moment: Bias-corrected m of y / L.
-        second_moment: Bias-corrected v of y / L, same shape.
-        noise_variance: Phi = (s_g / L)^2; if s_g changes, its moving average with beta_2, bias-corrected as v
+        first_moment: bias-corrected m of y / L.
+        second_moment: bias-corrected v of y / L, same shape.
+        noise_variance: phi = (s_g / L)^2; if s_g changes, its moving average with beta_2, bias-corrected as v
             is.
-        floor: Smallest second moment; sets the largest step.
+        floor: smallest second moment; sets the largest step.
     """
     return first_moment / (second_moment - noise_variance).clamp(min=floor).sqrt()
 
@@ -369,7 +368,7 @@ def shrink_singular_values(matrix: Tensor, std: float) -> Tensor:
     """Least-squares shrinkage of the singular values of a matrix with noise s (6; Gavish & Donoho 2017).
 
     Args:
-        matrix: Released, shape (m, n); one noise level for all entries.
+        matrix: released, shape (m, n); one noise level for all entries.
         std: s > 0, on the same scale.
     """
     rows, columns = matrix.shape
@@ -383,8 +382,8 @@ def gavish_donoho(y: Tensor, beta: float) -> Tensor:
     """Frobenius shrinker sqrt((y^2 - beta - 1)^2 - 4 beta) / y above 1 + sqrt(beta), else 0 (1405.7511).
 
     Args:
-        y: Singular values in units of s sqrt(n), n the longer side.
-        beta: Aspect ratio in (0, 1].
+        y: singular values in units of s sqrt(n), n the longer side.
+        beta: aspect ratio in (0, 1].
     """
     above = y > 1.0 + math.sqrt(beta)
     inner = ((y.square() - beta - 1.0).square() - 4.0 * beta).clamp(min=0.0)

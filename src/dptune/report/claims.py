@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dptune.config.schema import EMBEDDED_DATA
 from dptune.report.intervals import Estimate, holm, mean_over_runs, t_quantile
-from dptune.report.matching import Evidence, Key, Pairs, evidence, groups
+from dptune.report.pairing import Evidence, Key, Pairs, evidence, groups
 from dptune.report.results import Results
 from dptune.report.tables import ACCURACY, SPREAD, Cell, Column, Measure, Table
 
@@ -183,7 +184,7 @@ def _where(found: Evidence, test: _Test, pairs: Pairs) -> str:
     rows = [pair[0] for seeds in pairs.values() for chosen in seeds.values() for pair in chosen]
     spent = {float(columns["privacy.target_epsilon"][row] or columns["privacy.epsilon"][row]) for row in rows}
     data = columns["config.data.name"][rows[0]]
-    if "config.data.organisation" in columns and data == "supportdesk":
+    if "config.data.organisation" in columns and data in EMBEDDED_DATA:
         data = f"{data}, {columns['config.data.organisation'][rows[0]]} organisation"
     many = f", {len(pairs)} conditions" if test.condition != "target" else ""
     return f"ε {', '.join(f'{value:g}' for value in sorted(spent))}{many}, {data}"

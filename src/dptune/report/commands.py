@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dptune.config import ConfigError
-from dptune.extras import require
+from dptune.config.extras import require
+from dptune.config.schema import ConfigError
 from dptune.report.render import file_name, markdown, write
-from dptune.report.results import HOW_TO_MAKE_SOME, Results, filtered, load, of_sweep
+from dptune.report.results import HOW_TO_MAKE_SOME, Results, filtered, load_results, of_sweep
 from dptune.report.tables import Table, comparison_table, cost_table, main_table, run_table, task_table
 from dptune.report.terminal import NARROWEST, WIDEST, narrow, plain
 
@@ -100,10 +100,10 @@ def selected(request: Request) -> Iterator[tuple[str, Results]]:
     if request.sweep is None:
         yield from by_sweep(everything(request))
         return
-    from dptune.sweep import load as jobs_of
-    from dptune.sweep import parts
+    from dptune.sweeps.expand import jobs_of_sweep as jobs_of
+    from dptune.sweeps.expand import parts
 
-    found = load(request.root)
+    found = load_results(request.root)
     warn(found)
     for part in parts(request.sweep):
         yield part, of_sweep(part, jobs_of(part, request.filters), found)
@@ -115,7 +115,7 @@ def everything(request: Request) -> Results:
     Raises:
         ConfigError: when there are none, saying how to make some.
     """
-    found = load(request.root)
+    found = load_results(request.root)
     warn(found)
     if not len(found.runs):
         raise ConfigError(HOW_TO_MAKE_SOME.format(root=request.root))

@@ -236,7 +236,7 @@ def cost(results: Results) -> Chart | None:
     for at, setting in enumerate(settings[:MOST_ROWS], 1):
         if setting.private and not setting.value("privacy.stand_in"):
             continue
-        for measure, title in ((SECONDS, "time of a run, s"), (MEMORY, "peak memory, MB")):
+        for measure, title in ((SECONDS, "time of a run, s"), (MEMORY, "peak memory, MiB")):
             if found := estimate(setting, measure):
                 label = f"{at}. {short(setting.label)}"
                 rows.append({"setting": label, "what": title, "method": _method(setting), **ends(found, "value")})

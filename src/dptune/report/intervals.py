@@ -38,7 +38,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Judgements:
+class Answers:
     """Which test items each run got right; all runs saw the same items."""
 
     tasks: tuple[str, ...]

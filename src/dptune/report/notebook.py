@@ -13,7 +13,7 @@ from great_tables import GT
 from dptune.report.claims import claims, claims_table
 from dptune.report.figures import FIGURES
 from dptune.report.render import great
-from dptune.report.results import HOW_TO_MAKE_SOME, Results, load
+from dptune.report.results import HOW_TO_MAKE_SOME, Results, load_results
 from dptune.report.settings import SEED, codes
 from dptune.report.tables import Table
 
@@ -32,7 +32,7 @@ def results(folder: str | Path | None = None) -> Results:
     here = next((path for path in (Path.cwd(), *Path.cwd().parents) if (path / "analysis").is_dir()), Path.cwd())
     named = folder or os.environ.get("DPTUNE_RECORDS")
     for root in [Path(named)] if named else [here / "outputs", here / "analysis" / "sample"]:
-        found = load(root)
+        found = load_results(root)
         for reason in found.unreadable:
             print(f"LEFT OUT {reason}")
         if len(found.runs):

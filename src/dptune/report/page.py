@@ -15,11 +15,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dptune.privacy.accounting import rounded_up
-from dptune.records import write_atomically
+from dptune.privacy.accounting import REFERENCE, epsilon_text
+from dptune.records.files import write_atomically
 from dptune.report.claims import Claim, claims
+from dptune.report.composition import compositions
 from dptune.report.figures import all_figures, thinned
-from dptune.report.procedure import procedures
 from dptune.report.results import Results, history
 from dptune.report.settings import SEED, Setting, codes, plain, settings_of
 from dptune.report.tables import ACCURACY, SECONDS, Cell, Table, estimate, in_words
@@ -150,7 +150,7 @@ def answers(results: Results) -> list[str]:
         texts.append(
             f"These are accuracies on the data and backbone of most runs; {len(sizes) - 1} more are in the tables."
         )
-    return texts + [item.text for item in procedures(results.runs)]
+    return texts + [item.text for item in compositions(results.runs)]
 
 
 def left_out(results: Results) -> str:
@@ -299,11 +299,12 @@ def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
     who = "one record" if unit == "example" else "one user, with all their records"
     texts = [
         f"Whoever sees everything this run published can tell whether {who} was in the training data only within "
-        f"ε = {rounded_up(epsilon):.3f} at δ = {delta:g}: whatever they conclude is at most "
+        f"ε = {epsilon_text(epsilon)} at δ = {delta:g}: whatever they conclude is at most "
         f"{math.exp(min(epsilon, 700)):.3g} times as likely with {who} as without, but for a chance of {delta:g}."
         if epsilon is not None and delta is not None
         else "The record does not say what this run spent.",
-        "This is an upper bound by the PLD accountant for this run alone; choosing it among others costs more.",
+        f"This is an upper bound by the {REFERENCE.upper()} accountant for this run alone; choosing it among others "
+        "costs more.",
     ]
     accountants = of("privacy.accountants") or {}
     if isinstance(accountants, dict) and accountants:

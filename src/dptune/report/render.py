@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dptune.records import write_atomically
+from dptune.records.files import write_atomically
 from dptune.report.tables import Cell, Table
 from dptune.report.terminal import plain
 

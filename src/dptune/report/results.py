@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dptune.records import EVALUATION_FILE, HISTORY_FILE, RunRecord, collect, to_frame
-from dptune.report.intervals import Judgements
+from dptune.records.frame import collect, to_frame
+from dptune.records.record import EVALUATION_FILE, HISTORY_FILE, RunRecord
+from dptune.records.state import State
+from dptune.report.intervals import Answers
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from dptune.report.settings import Setting
-    from dptune.sweep import Job
+    from dptune.sweeps.jobs import Job
 
-DONE, FAILED, RUNNING, MISSING = "done", "failed", "running or stopped", "missing"
-SUPERSEDED = "superseded"
-"""Made for a sweep that no longer asks for it."""
 ORDER = (
     "sweep",
     "method",
@@ -59,7 +58,7 @@ class Results:
     @property
     def done(self) -> pd.DataFrame:
         """The finished runs."""
-        return self.runs[self.runs["state"] == DONE]
+        return self.runs[self.runs["state"] == State.DONE]
 
     @cached_property
     def settings(self) -> tuple[Setting, ...]:
@@ -72,7 +71,7 @@ class Results:
         """The same with other rows."""
         return dataclasses.replace(self, runs=runs)
 
-    def judgements(self, run_ids: Sequence[str]) -> Judgements | None:
+    def judgements(self, run_ids: Sequence[str]) -> Answers | None:
         """Items by run, if they are known for all of these runs and are the same items."""
         layouts = {self.tasks.get(run_id) for run_id in run_ids}
         if len(layouts) != 1 or None in layouts:
@@ -80,10 +79,10 @@ class Results:
         (layout,) = layouts
         assert layout is not None
         names, task_of = _indexed(layout)
-        return Judgements(names, task_of, np.array([self.correct[run_id] for run_id in run_ids], dtype=np.float64))
+        return Answers(names, task_of, np.array([self.correct[run_id] for run_id in run_ids], dtype=np.float64))
 
 
-def load(root: Path) -> Results:
+def load_results(root: Path) -> Results:
     """Everything below an output folder. Records that cannot be read are named in `unreadable`.
 
     Which test items each run got right is read too, for up to `MOST_WITH_ITEMS` runs.
@@ -102,7 +101,7 @@ def of_records(
     if not records:
         return Results(pd.DataFrame({"run_id": [], "status": [], "state": []}), unreadable=unreadable, root=root)
     runs = to_frame(records)
-    runs["state"] = runs["status"].replace({"running": RUNNING})
+    runs["state"] = runs["status"].replace({"running": State.BEGUN})
     tasks = [name for name in runs if str(name).startswith("metrics.accuracy_by_task.")]
     runs["metrics.worst"] = runs[tasks].min(axis=1) if tasks else None
     order = [name for name in ORDER if name in runs]
@@ -128,10 +127,10 @@ def of_sweep(name: str, jobs: Sequence[Job], found: Results) -> Results:
     planned = to_frame(
         RunRecord(job.run_id, "running", dataclasses.asdict(job.config), name, job.config.method) for job in lacking
     )
-    parts = [part for part in (wanted, planned.assign(state=MISSING) if lacking else None) if part is not None]
+    parts = [part for part in (wanted, planned.assign(state=State.MISSING) if lacking else None) if part is not None]
     if "sweep" in runs:
         old = runs[(runs["sweep"] == name) & ~runs["run_id"].isin(asked)]
-        parts.append(old.assign(state=SUPERSEDED))
+        parts.append(old.assign(state=State.SUPERSEDED))
     together = pd.concat([part.astype(object) for part in parts if len(part)], ignore_index=True).infer_objects()
     position = {run_id: at for at, run_id in enumerate(asked)}
     order = together["run_id"].map(lambda run_id: position.get(run_id, len(asked))).argsort(kind="stable")
@@ -174,7 +173,7 @@ def with_items(results: Results, records: Sequence[RunRecord]) -> Results:
         known = layouts.setdefault(str(record.provenance.get("data")), [])
         layout = next((item for item in known if _agrees(record, right, item)), None)
         if layout is None:
-            layout = _layout(text)
+            layout = _task_column(text)
             if not _agrees(record, right, layout):
                 wrong.append(f"{path}: does not agree with the accuracies in its record; its items are not used")
                 continue
@@ -201,7 +200,7 @@ def history(folder: Path) -> list[dict[str, object]]:
 _CORRECT = b'"correct": '
 
 
-def _layout(text: bytes) -> tuple[str, ...]:
+def _task_column(text: bytes) -> tuple[str, ...]:
     try:
         return tuple(str(json.loads(line)["task"]) for line in text.splitlines())
     except (ValueError, KeyError, TypeError):

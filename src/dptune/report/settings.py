@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dptune.report.results import DONE, SUPERSEDED
+from dptune.records.state import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ class Setting:
     def done(self) -> tuple[int, ...]:
         """Rows of its finished runs."""
         states = self.columns["state"]
-        return tuple(row for row in self.rows if states[row] == DONE)
+        return tuple(row for row in self.rows if states[row] == State.DONE)
 
     @cached_property
     def arm(self) -> str:
@@ -95,7 +95,7 @@ def settings_of(runs: pd.DataFrame) -> list[Setting]:
     varied = [name for name in names if len(set(coded[name])) > 1]
     columns = {str(name): plain(runs[name]) for name in runs.columns}
     # A superseded run is never averaged with what the sweep asks for today.
-    apart = codes(runs[["method", "state"]].assign(state=runs["state"] == SUPERSEDED), ["state", "method"])
+    apart = codes(runs[["method", "state"]].assign(state=runs["state"] == State.SUPERSEDED), ["state", "method"])
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, key in enumerate(zip(*(apart | {name: coded[name] for name in varied}).values(), strict=True)):
         groups.setdefault(key, []).append(row)
@@ -225,12 +225,12 @@ def _comparable(rows: list[int], states: Sequence[str], present: Mapping[str, li
     """Runs of one setting, parted where they must not be averaged; what is not finished goes with the first part."""
     parts: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
-        if states[row] == DONE:
+        if states[row] == State.DONE:
             parts.setdefault(tuple(column[row] for column in present.values()), []).append(row)
     if len(parts) < 2:
         return [rows]
     first, *others = parts.values()
-    return [[*first, *(row for row in rows if states[row] != DONE)], *others]
+    return [[*first, *(row for row in rows if states[row] != State.DONE)], *others]
 
 
 def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -254,7 +254,7 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
             and not (name == TARGET and columns[name][part[0]] is None)
         ]
         label = ", ".join(words) or "reference"
-        labels.append(label + (" (superseded)" if columns["state"][part[0]] == SUPERSEDED else ""))
+        labels.append(label + (" (superseded)" if columns["state"][part[0]] == State.SUPERSEDED else ""))
     return _told_apart(labels, parts, columns)
 
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dptune.privacy.accounting import rounded_up
-from dptune.records import code_version
-from dptune.report.intervals import Array, Estimate, Judgements, mean_over_runs, share_of_one_run
-from dptune.report.procedure import Procedure, procedures
-from dptune.report.results import DONE, SUPERSEDED, Results
+from dptune.privacy.accounting import epsilon_text, rounded_up
+from dptune.records.code import code_version
+from dptune.records.state import State
+from dptune.report.composition import Composition, compositions
+from dptune.report.intervals import Answers, Array, Estimate, mean_over_runs, share_of_one_run
+from dptune.report.results import Results
 from dptune.report.settings import SEED, Setting, comparable, mixed, references, why_apart
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Mapping[str, Cell], ...]
     notes: tuple[str, ...] = ()
-    procedures: tuple[Procedure, ...] = field(default=(), repr=False)
+    compositions: tuple[Composition, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ ROUGE_L = Measure("metrics.rouge_l", "ROUGE-L", "↑")
 TEXT = {"bleu": BLEU, "rouge_l": ROUGE_L}
 """Measures of free-form text, shown where there is some."""
 SECONDS = Measure("cost.seconds", "time, s", "↓", None, (0.0, math.inf), 0)
-MEMORY = Measure("cost.peak_memory_mb", "peak memory, MB", "↓", None, (0.0, math.inf), 0)
+MEMORY = Measure("cost.peak_memory_mb", "peak memory, MiB", "↓", None, (0.0, math.inf), 0)
 
 
-def estimate(setting: Setting, measure: Measure, items: Judgements | None = None) -> Estimate | None:
+def estimate(setting: Setting, measure: Measure, items: Answers | None = None) -> Estimate | None:
     """The mean of a measure over the finished runs of a setting; None without numbers.
 
     Args:
@@ -212,10 +213,10 @@ def main_table(name: str, results: Results, title: str | None = None) -> Table:
         difference = difference_cell(results, setting, reference, position.get(id(reference), 0))
         rows.append({"row": Cell(str(at), at), **setting_row(results, setting, difference)})
     states = Counter(results.runs["state"])
-    counted = len(results.runs) - states[SUPERSEDED]
-    title = f"{title or name}: {states[DONE]} of {counted} runs done"
-    title += f", {states[SUPERSEDED]} superseded" if states[SUPERSEDED] else ""
-    found = procedures(results.runs)
+    counted = len(results.runs) - states[State.SUPERSEDED]
+    title = f"{title or name}: {states[State.DONE]} of {counted} runs done"
+    title += f", {states[State.SUPERSEDED]} superseded" if states[State.SUPERSEDED] else ""
+    found = compositions(results.runs)
     lines = notes(results, settings, found, compared=any(reference is not None for reference in compared_with))
     return Table(name, title, columns, tuple(rows), tuple(lines), tuple(found))
 
@@ -295,7 +296,7 @@ def difference_cell(results: Results, setting: Setting, reference: Setting | Non
     return in_words(found, 3, tuple(run_ids), sign="+", tail=f"to {row}")
 
 
-def measured(setting: Setting, measure: Measure, items: Judgements | None = None) -> Cell:
+def measured(setting: Setting, measure: Measure, items: Answers | None = None) -> Cell:
     """A mean with its interval and number of runs."""
     found = estimate(setting, measure, items)
     return Cell(NONE) if found is None else in_words(found, measure.digits, setting.run_ids)
@@ -352,7 +353,7 @@ def cost_cell(setting: Setting, measure: Measure) -> Cell:
 def lacking_runs(setting: Setting) -> str:
     """How many runs have no numbers, and why."""
     states = [setting.columns["state"][row] for row in setting.rows]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != DONE)
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != State.DONE)
 
 
 def cost_table(name: str, results: Results) -> Table:
@@ -472,7 +473,7 @@ def run_table(name: str, results: Results) -> Table:
                     "run": Cell(run_id, run_ids=(run_id,)),
                     "state": Cell(f"{state}: {error}" if error else state),
                     "accuracy": Cell(NONE if accuracy is None else f"{accuracy:.4f}", accuracy),
-                    "epsilon": Cell(NONE if epsilon is None else f"{rounded_up(epsilon):.3f}", epsilon),
+                    "epsilon": Cell(NONE if epsilon is None else epsilon_text(epsilon), epsilon),
                 }
             )
     heads = ("#", "setting", "seed", "run", "state", "accuracy", "ε")
@@ -495,7 +496,7 @@ FLAGS = {
 """What limits the meaning of an epsilon, by its mark."""
 
 
-def notes(results: Results, settings: Sequence[Setting], found: Sequence[Procedure], compared: bool) -> list[str]:
+def notes(results: Results, settings: Sequence[Setting], found: Sequence[Composition], compared: bool) -> list[str]:
     """What a reader must know to read the main table."""
     lines = [INTERVALS] if len(results.done) else []
     if compared:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dptune.records import sync, write_atomically
+from dptune.records.files import sync, write_atomically
 
 STATE_FILE = "checkpoint.json"
 
@@ -104,7 +104,7 @@ def save(folder: Path, checkpoint: Checkpoint, stamp: Mapping[str, str]) -> None
             other.unlink()
 
 
-def load(folder: Path, stamp: Mapping[str, str]) -> Checkpoint | None:
+def load_checkpoint(folder: Path, stamp: Mapping[str, str]) -> Checkpoint | None:
     """The checkpoint in a folder, or None when there is none.
 
     Raises:

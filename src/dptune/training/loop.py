@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dptune.config import EnvironmentConfig, HyperparameterConfig
-from dptune.data.batches import Layout, collate, physical_batches
+from dptune.config.schema import EnvironmentConfig, HyperparameterConfig
+from dptune.data.batches import InputFormat, collate, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.gradients import Engine
@@ -64,7 +64,7 @@ def train(
     projection: FullSpace,
     hyperparameter: HyperparameterConfig,
     environment: EnvironmentConfig,
-    layout: Layout,
+    layout: InputFormat,
     physical_batch_size: int,
     before_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int, Mapping[str, torch.Tensor]], None] = lambda step, released: None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dptune.config import EnvironmentConfig, HyperparameterConfig
+from dptune.config.schema import EnvironmentConfig, HyperparameterConfig
 from dptune.privacy.subspace import adam_bc, ema, james_stein, shrink_singular_values
 
 BETAS, EPSILON, MOMENTUM = (0.9, 0.999), 1e-8, 0.9
@@ -50,19 +50,25 @@ class DPAdamBC(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * direction)
 
 
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda values, floor, **settings: torch.optim.AdamW(values, betas=BETAS, eps=EPSILON, **settings),
+    "adam": lambda values, floor, **settings: torch.optim.Adam(values, betas=BETAS, eps=EPSILON, **settings),
+    "sgd": lambda values, floor, **settings: torch.optim.SGD(values, momentum=MOMENTUM, **settings),
+    "dp_adam_bc": DPAdamBC,
+}
+"""What each choice of `environment.optimizer` makes of parameters, `floor`, `lr` and `weight_decay`."""
+
+
 def make_optimizer(
     parameters: Parameters, hyperparameter: HyperparameterConfig, environment: EnvironmentConfig
 ) -> torch.optim.Optimizer:
     """The optimizer that the environment names."""
-    values = list(parameters.values())
-    settings: dict[str, Any] = {"lr": hyperparameter.learning_rate, "weight_decay": hyperparameter.weight_decay}
-    if environment.optimizer == "sgd":
-        return torch.optim.SGD(values, momentum=MOMENTUM, **settings)
-    if environment.optimizer == "adam":
-        return torch.optim.Adam(values, betas=BETAS, eps=EPSILON, **settings)
-    if environment.optimizer == "dp_adam_bc":
-        return DPAdamBC(values, floor=environment.adam_bc_floor, **settings)
-    return torch.optim.AdamW(values, betas=BETAS, eps=EPSILON, **settings)
+    return OPTIMIZERS[environment.optimizer](
+        list(parameters.values()),
+        floor=environment.adam_bc_floor,
+        lr=hyperparameter.learning_rate,
+        weight_decay=hyperparameter.weight_decay,
+    )
 
 
 def learning_rate_factor(hyperparameter: HyperparameterConfig) -> Callable[[int], float]:

@@ -1,18 +1,19 @@
-"""In which coordinates gradients are clipped and noised: all of them, or a subspace (SPECIFICATION.md 5).
+"""The coordinates in which gradients are clipped and noised: all of them, or a subspace (SPECIFICATION.md 5).
 
-A subspace may be public, a function of past releases, or found on the private data at a price that is in the plan.
+A subspace is public, a function of past releases, or found on the private data at a price that the plan has paid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from dptune.config import Config
-from dptune.data.batches import Layout, collate, physical_batches
+from dptune.config.schema import Config
+from dptune.data.batches import InputFormat, collate, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.gradients import Engine
@@ -31,7 +32,7 @@ Gradients = Mapping[str, torch.Tensor]
 
 
 class FullSpace:
-    """No projection."""
+    """All coordinates: nothing is projected. The other projections derive from it."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
@@ -46,10 +47,10 @@ class FullSpace:
         return released
 
     def after_step(self, step: int, gradients: Gradients) -> None:
-        """What was released in a step, for what may learn from it."""
+        """Take note of the gradients that a step has released; a moving subspace is drawn from them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes from step to step, or was paid for: public, or functions of what was released."""
+        """What a checkpoint must hold: it is public, or a function of what was released."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -93,7 +94,7 @@ class MovingSubspace(FixedSubspace):
     """A subspace that is drawn anew every `refresh` steps, from public coins or from what was released so far."""
 
     def __init__(self, draw: Callable[[int], Subspace | Carriers], refresh: int) -> None:
-        """Draw gives the subspace from a step on."""
+        """Take a function that gives the subspace to be used from a step on."""
         super().__init__(draw(0))
         self.draw, self.refresh = draw, refresh
 
@@ -104,10 +105,10 @@ class MovingSubspace(FixedSubspace):
 
 
 class HistorySubspace(MovingSubspace):
-    """Half of the directions from past releases, half random: past ones alone would never lead out of their span."""
+    """Half of the directions from past releases, half random: releases alone would never leave their own span."""
 
     def __init__(self, groups: Sequence[Group], dimension: int, refresh: int, keys: KeyRing) -> None:
-        """Keys are public."""
+        """Start with a random subspace; `keys` must be public."""
         self._history: dict[str, list[torch.Tensor]] = {}
 
         def draw(step: int) -> Subspace:
@@ -133,7 +134,7 @@ class HistorySubspace(MovingSubspace):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         super().load_state_dict(state)
-        # In place: the function that draws subspaces looks at this dictionary.
+        # In place: `draw` holds on to this dictionary.
         self._history.update({name: list(past) for name, past in state["history"].items()})
 
 
@@ -141,12 +142,12 @@ class ReparametrizedGradients(MovingSubspace):
     """RGP (arXiv:2106.09352): carriers of each matrix from a power iteration on what was released so far.
 
     The sum of the released gradients stands for the update of the weights, which it is, up to scale, under plain SGD at
-    a constant rate. Unlike a `HistorySubspace` it leads out of its own span: one half of the coordinates sees the
-    whole column space of a matrix, the other its whole row space.
+    a constant rate. Unlike a `HistorySubspace` it can leave its own span: one half of the coordinates covers the whole
+    column space of a matrix, the other its whole row space.
     """
 
     def __init__(self, groups: Sequence[Group], rank: int, refresh: int, keys: KeyRing) -> None:
-        """Keys are public. Until the first refresh the carriers are random."""
+        """Start with random carriers; `keys` must be public."""
         self._update: dict[str, torch.Tensor] = {}
 
         def draw(step: int) -> Carriers:
@@ -179,6 +180,65 @@ def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return basis
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What a subspace is drawn from or found on."""
+
+    groups: Sequence[Group]
+    """Groups of the parameters."""
+    dimension: int
+    """Coordinates kept of each group."""
+    refresh: int
+    """Steps between two draws of a subspace that moves."""
+    coins: KeyRing
+    """Public randomness."""
+    plan: PrivacyPlan
+    """Pays for a subspace of private gradients."""
+    keys: KeyRing
+    """Secret randomness, for the noise of a subspace of private gradients."""
+    gradients: Callable[[Sequence[Encoded]], Iterator[dict[str, torch.Tensor]]]
+    """Per-example gradients of some records, one physical batch at a time."""
+    private_rows: Sequence[Encoded]
+    """Each record that training may see, once."""
+    public_rows: Callable[[], Sequence[Encoded]]
+    """Records of public data."""
+
+
+def _random(given: Sources) -> FullSpace:
+    def draw(step: int) -> Subspace:
+        return random_subspace(given.groups, given.dimension, given.coins.stream(Purpose.PROJECTION, step=step))
+
+    return MovingSubspace(draw, given.refresh)
+
+
+def _of_public_gradients(given: Sources) -> FullSpace:
+    # More rows than directions, so that the leading ones stand out.
+    parts = list(given.gradients(given.public_rows()[: 4 * given.dimension]))
+    together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return FixedSubspace(principal_subspace(given.groups, together, given.dimension))
+
+
+def _of_private_gradients(given: Sources) -> FullSpace:
+    paid = PaidSubspace(given.groups, given.plan, given.keys)
+    for part in given.gradients(given.private_rows):
+        paid.accumulate(part)
+    return FixedSubspace(paid.release(given.dimension)[0])
+
+
+PROJECTIONS: Mapping[str, Callable[[Sources], FullSpace]] = {
+    "none": lambda given: FullSpace(given.groups),
+    "random": _random,
+    "history": lambda given: HistorySubspace(given.groups, given.dimension, given.refresh, given.coins),
+    "rgp": lambda given: ReparametrizedGradients(given.groups, given.dimension, given.refresh, given.coins),
+    "public": _of_public_gradients,
+    "private": _of_private_gradients,
+}
+"""What each choice of `privacy.projection` does (SPECIFICATION.md 5)."""
+
+FOUND_ON_DATA = ("public", "private")
+"""Projections that are found once, on gradients of records."""
+
+
 def make_projection(
     config: Config,
     groups: Sequence[Group],
@@ -188,7 +248,7 @@ def make_projection(
     engine: Engine,
     private_rows: Sequence[Encoded],
     public_rows: Callable[[], Sequence[Encoded]],
-    layout: Layout,
+    layout: InputFormat,
     stored: Mapping[str, Any] | None = None,
 ) -> FullSpace:
     """The projection that the config names.
@@ -205,36 +265,24 @@ def make_projection(
         stored: its state in a checkpoint. A subspace that was found on data is taken from there: on private data it
             is paid for once, and must not be released a second time.
     """
-    kind, dimension, refresh = (
-        config.privacy.projection,
-        config.privacy.projection_dimension,
-        config.privacy.projection_refresh,
-    )
-    coins = KeyRing.reproducible(config.environment.seed, "public")
-    size, device = config.compute.physical_batch_size, config.compute.device
+    size, device, privacy = config.compute.physical_batch_size, config.compute.device, config.privacy
+    if stored is not None and privacy.projection in FOUND_ON_DATA:
+        return FixedSubspace(stored_subspace(groups, stored))
 
     def gradients(rows: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
         for piece in physical_batches(rows, np.arange(len(rows)), size):
             yield engine(collate([rows[row] for row in piece.tolist()], layout, device))[1]
 
-    if kind == "none":
-        return FullSpace(groups)
-    if kind == "random":
-        return MovingSubspace(
-            lambda step: random_subspace(groups, dimension, coins.stream(Purpose.PROJECTION, step=step)), refresh
+    return PROJECTIONS[privacy.projection](
+        Sources(
+            groups=groups,
+            dimension=privacy.projection_dimension,
+            refresh=privacy.projection_refresh,
+            coins=KeyRing.reproducible(config.environment.seed, "public"),
+            plan=plan,
+            keys=keys,
+            gradients=gradients,
+            private_rows=private_rows,
+            public_rows=public_rows,
         )
-    if kind == "history":
-        return HistorySubspace(groups, dimension, refresh, coins)
-    if kind == "rgp":
-        return ReparametrizedGradients(groups, dimension, refresh, coins)
-    if stored is not None:
-        return FixedSubspace(stored_subspace(groups, stored))
-    if kind == "public":
-        # A few rows more than directions, so that the leading ones stand out.
-        parts = list(gradients(public_rows()[: 4 * dimension]))
-        together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return FixedSubspace(principal_subspace(groups, together, dimension))
-    paid = PaidSubspace(groups, plan, keys)
-    for part in gradients(private_rows):
-        paid.accumulate(part)
-    return FixedSubspace(paid.release(dimension)[0])
+    )

@@ -1,9 +1,9 @@
-"""One run on several processes, as `torchrun` starts them: who this process is, and what the processes tell each other.
+"""One run on several processes that `torchrun` has started: which of them this is, and what they tell each other.
 
 Each rank draws the same batch from the same keys and takes some of its physical batches; clipped sums are added up over
-ranks in float64. Every rank then draws the same noise, so that it is in the sum once, and makes the same update. Were
-the noise drawn by one rank only, the others would need the sampling keys all the same, which are as secret. Sums are
-broadcast once they are added up, so that ranks cannot drift apart by rounding.
+ranks in float64. Every rank then draws the same noise, so that it is in the sum once, and makes the same update. All
+ranks hold the secret keys of sampling in any case, so that holding those of the noise tells them nothing more. Sums are
+broadcast after they are added up, so that ranks cannot drift apart by rounding.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ class Ranks:
             dist.broadcast(total, src=0)
             values.copy_(total)
 
-    def told(self, message: bytes) -> bytes:
-        """What the first rank passes; all must pass as many bytes."""
+    def broadcast(self, message: bytes) -> bytes:
+        """The first rank's message, on every rank; all must pass messages of one length."""
         if self.size == 1:
             return message
         buffer = torch.tensor(list(message), dtype=torch.uint8)
         dist.broadcast(buffer, src=0)
         return bytes(buffer.tolist())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all ranks are here."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def process_group() -> Iterator[Ranks]:
     """The ranks that `torchrun` started, or this process alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -1,0 +1,1 @@
+"""The typed config tree: schema, checks, files."""

@@ -1,0 +1,323 @@
+"""What a composed tree must satisfy before anything is loaded: known keys, types, bounds, possible combinations."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
+
+from dptune.config.adapters import ADAPTERS
+from dptune.config.files import data_files
+from dptune.config.schema import (
+    EMBEDDED,
+    EMBEDDED_DATA,
+    SPLITS,
+    AdapterConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EnvironmentConfig,
+    ModelConfig,
+)
+
+
+def strict(tree: DictConfig | Mapping[str, Any]) -> Config:
+    """The config of a composed tree, with every unknown key, wrong type and impossible combination refused.
+
+    Hydra's own check lets `+group.typo=1` pass; merging the plain values into a fresh schema does not.
+
+    Raises:
+        ConfigError: with one line for a person.
+    """
+    source = tree if isinstance(tree, DictConfig) else OmegaConf.create(dict(tree))
+    with _errors_for_people():
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), OmegaConf.to_container(source, resolve=True)))
+    assert isinstance(config, Config)
+    return _checked(config)
+
+
+def with_values(config: Config, values: Iterable[tuple[str, Any]]) -> Config:
+    """A copy of a config with some fields, by their dotted names, replaced: as `strict`, a hundred times as fast.
+
+    Raises:
+        ConfigError: with one line for a person.
+    """
+    made = copy.deepcopy(config)
+    for name, value in values:
+        *parents, leaf = name.split(".")
+        node: Any = made
+        for parent in parents:
+            node = getattr(node, parent, None)
+        if not dataclasses.is_dataclass(node) or not hasattr(node, leaf):
+            raise ConfigError(unknown_key(name))
+        setattr(node, leaf, _typed(type(node), name, leaf, repr(value), value))
+    return _checked(made)
+
+
+def from_values(values: Mapping[str, Any]) -> Config:
+    """The config that `dataclasses.asdict` made these values of.
+
+    Raises:
+        TypeError: when they are of another schema.
+    """
+    made = _group(Config(), values)
+    assert isinstance(made, Config)
+    return made
+
+
+def _group(default: Any, values: Mapping[str, Any]) -> Any:
+    groups = {
+        name: _group(group, values[name]) for name, group in vars(default).items() if dataclasses.is_dataclass(group)
+    }
+    return type(default)(**{**values, **groups})
+
+
+def _typed(group: type[Any], name: str, leaf: str, text: str, value: Any) -> Any:
+    """A value as the field `leaf` of a group has it."""
+    if (group, leaf, text) not in _TYPED:
+        tree = OmegaConf.structured(group)
+        with _errors_for_people(name):
+            tree[leaf] = value
+        _TYPED[group, leaf, text] = OmegaConf.to_container(tree)[leaf]  # type: ignore[call-overload, index]
+    return copy.copy(_TYPED[group, leaf, text])
+
+
+_TYPED: dict[tuple[type[Any], str, str], Any] = {}
+
+
+@contextmanager
+def _errors_for_people(name: str | None = None) -> Iterator[None]:
+    """Errors of OmegaConf as one line each; `name` is the field, where OmegaConf sees a part of the tree only."""
+    try:
+        yield
+    except InterpolationKeyError as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
+    except InterpolationResolutionError as error:
+        lacking = re.search(r"Environment variable '(\w+)' not found", str(error))
+        reason = f"the environment variable {lacking[1]} is not set" if lacking else _first_line(error)
+        raise ConfigError(f"{error.full_key}: {reason}; set it, or give {error.full_key}=...") from None
+    except ConfigKeyError as error:
+        raise ConfigError(unknown_key(name or str(error.full_key))) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name or error.full_key}: {_first_line(error)}") from None
+
+
+def _checked(config: Config) -> Config:
+    _check_fields(config)
+    _check_together(config)
+    return config
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """The tree of the dataclasses; slow to make, and merging copies it."""
+    tree: DictConfig = OmegaConf.structured(Config)
+    return tree
+
+
+def unknown_key(key: str) -> str:
+    """A sentence about a key that the schema does not have, with the nearest one that it has."""
+    known = [name for name, _, _ in _leaves(Config())]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    if not near:
+        leaf = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == leaf][:1]
+    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see `dptune --cfg job`")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every field of the tree that is not itself a group: dotted name, field, value."""
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item, value
+
+
+def _check_fields(config: Config) -> None:
+    for name, item, value in _leaves(config):
+        rules = item.metadata
+        if value is None or not rules:
+            continue
+        choices = rules.get("choices")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
+        if choices is None:
+            _check_bounds(name, value, rules)
+
+
+def _check_bounds(name: str, value: float, bounds: Mapping[str, float]) -> None:
+    holds = {
+        "above": lambda bound: value > bound,
+        "least": lambda bound: value >= bound,
+        "below": lambda bound: value < bound,
+        "most": lambda bound: value <= bound,
+    }
+    words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
+    if not math.isfinite(value) or not all(holds[kind](bound) for kind, bound in bounds.items()):
+        wanted = " and ".join(f"{words[kind]} {bound:g}" for kind, bound in bounds.items())
+        raise ConfigError(f"{name}={value:g} must be {wanted}")
+
+
+def _check_together(config: Config) -> None:
+    """Combinations of fields that no run can have; what depends on data or model is checked when these are read."""
+    privacy, data, hyper = config.privacy, config.data, config.hyperparameter
+    if not privacy.enabled:
+        for name in ("target_epsilon", "noise_multiplier"):
+            if getattr(privacy, name) is not None:
+                raise ConfigError(
+                    f"privacy.{name}={getattr(privacy, name):g} with privacy=none: a non-private run has no epsilon; "
+                    f"take another privacy=... or leave privacy.{name} out"
+                )
+    elif (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
+        raise ConfigError(
+            "give exactly one of privacy.target_epsilon and privacy.noise_multiplier (set the other to null)"
+        )
+    if (privacy.projection == "private") != (privacy.projection_noise_multiplier is not None):
+        raise ConfigError(
+            "privacy.projection=private is paid for with privacy.projection_noise_multiplier=..., and only it is; "
+            "give both or neither"
+        )
+    if privacy.projection == "public" and data.name not in EMBEDDED_DATA:
+        raise ConfigError(
+            f"privacy.projection=public needs public data, which only data={', '.join(EMBEDDED_DATA)} has; use history"
+        )
+    if privacy.projection != "none" and (
+        config.environment.optimizer == "dp_adam_bc" or config.environment.shrinkage != "none"
+    ):
+        raise ConfigError(
+            f"privacy.projection={privacy.projection} spreads noise unevenly over coordinates, which "
+            "environment.optimizer=dp_adam_bc and environment.shrinkage do not know; use neither with it"
+        )
+    if privacy.unit != "example" and privacy.examples_per_user is None:
+        raise ConfigError(
+            f"privacy.unit={privacy.unit} needs privacy.examples_per_user=..., a public bound on each user's examples"
+        )
+    if privacy.unit == "example" and privacy.examples_per_user is not None:
+        raise ConfigError(
+            "privacy.examples_per_user is for users: set privacy.unit=user_els or user_uls, or leave it out"
+        )
+    if privacy.score_noise_multiplier is not None:
+        _check_score(config)
+    check_adapter(config.adapter, config.environment)
+    _check_data(data)
+    _check_model(config.model)
+    if privacy.unit == "example" and data.train_size is not None:
+        size = math.floor(data.train_size * config.data_sensitivity.train_fraction)
+        if hyper.expected_batch_size > size:
+            raise ConfigError(
+                f"hyperparameter.expected_batch_size={hyper.expected_batch_size} is above the {size} training records; "
+                "lower it or raise data.train_size"
+            )
+    if hyper.warmup_steps >= max(hyper.steps, 1):
+        raise ConfigError(
+            f"hyperparameter.warmup_steps={hyper.warmup_steps} leaves nothing of hyperparameter.steps={hyper.steps}; "
+            "lower the warm-up"
+        )
+
+
+def check_adapter(config: AdapterConfig, environment: EnvironmentConfig) -> None:
+    """Raises ConfigError for an adapter that no backbone of this environment can carry."""
+    kind = ADAPTERS[config.name]
+    if config.dropout > 0:
+        raise ConfigError(
+            f"adapter.dropout={config.dropout:g} would be noise that the privacy plan did not draw; leave it 0"
+        )
+    if config.embeddings and config.name != "lora":
+        raise ConfigError(f"adapter.embeddings=true is for adapter=lora, not for adapter={config.name}; leave it false")
+    if config.target_modules is not None and (kind.top_only or not kind.placed):
+        raise ConfigError(f"adapter.target_modules has no meaning for adapter={config.name}; leave it null")
+    if config.top_layers is not None and not kind.placed:
+        raise ConfigError(f"adapter.top_layers has no meaning for adapter={config.name}; leave it null")
+    if kind.changes_matrices and environment.backbone_quantization != "none":
+        raise ConfigError(
+            f"adapter={config.name} changes the backbone's own matrices, which "
+            f"environment.backbone_quantization={environment.backbone_quantization} rounds; set it to none, or choose "
+            "adapter=lora"
+        )
+    if kind.own_weights and environment.precision != "float32":
+        raise ConfigError(
+            f"adapter={config.name} trains the backbone's own weights, which must be float32; set "
+            f"environment.precision=float32 instead of {environment.precision}, or choose adapter=lora"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Where the backbone is, without reading it."""
+    if model.path is not None:
+        path = Path(model.path)
+        if not (path / "config.json").is_file() and not (path.suffix == ".gguf" and path.is_file()):
+            raise ConfigError(
+                f"model.path={model.path} is no model: a folder with config.json, weights and a tokenizer, or a .gguf "
+                "file is needed"
+            )
+    elif model.repo is not None:
+        if re.fullmatch("[0-9a-f]{40}", model.revision or "") is None:
+            given = "is missing" if model.revision is None else f"{model.revision} is no full commit"
+            raise ConfigError(
+                f"model.revision {given}: set model.revision=<commit>, 40 digits from "
+                f"https://huggingface.co/{model.repo}/commits/main (or give a local model.path)"
+            )
+    elif model.name not in EMBEDDED:
+        raise ConfigError(
+            f"model={model.name} needs model.path=..., a folder in Hugging Face format or a .gguf file (or model.repo)"
+        )
+
+
+def _check_score(config: Config) -> None:
+    """Raises ConfigError where the proof for the score does not hold (SPECIFICATION.md 8.2)."""
+    privacy, data = config.privacy, config.data
+    given = f"privacy.score_noise_multiplier={privacy.score_noise_multiplier:g}"
+    if not privacy.enabled:
+        raise ConfigError(f"{given} with privacy=none: a non-private run cannot be chosen privately; leave it out")
+    if privacy.unit != "example":
+        raise ConfigError(
+            f"{given} with privacy.unit={privacy.unit}: one user may change many answers; set privacy.unit=example, "
+            "or leave the score out"
+        )
+    if data.on_bad == "skip" and (data.split_by == "user" or data.columns.id is not None):
+        raise ConfigError(
+            f"{given} with data.on_bad=skip: whether a record is kept may depend on others of its user or id; "
+            "set data.on_bad=error"
+        )
+
+
+def _check_data(data: DataConfig) -> None:
+    """Where the data is, and names and weights that can be seen to be wrong without reading it."""
+    given = [name for name in ("path", "hub_id") if getattr(data, name) is not None]
+    if data.name not in EMBEDDED_DATA and not given:
+        raise ConfigError(f"data={data.name} needs data.path=..., the file to read (or data.hub_id)")
+    if data.name in EMBEDDED_DATA and given:
+        raise ConfigError(f"data.{given[0]} is given but data={data.name} is embedded: add data=files to read it")
+    if data.path is not None and not data_files(data.path):
+        raise ConfigError(f"data.path={data.path} is not a file, nor a folder or a pattern with files")
+    for pair in data.splits or ():
+        if pair.rpartition(":")[2] not in {*SPLITS, "hash"} or ":" not in pair:
+            raise ConfigError(f"data.splits: {pair} is not SOURCE:OURS, with one of {', '.join(SPLITS)}, hash as OURS")
+    if data.task_weights is not None:
+        if len(data.task_weights) != len(data.tasks or ()):
+            raise ConfigError("data.task_weights must have one number for each of data.tasks; give both or neither")
+        if not all(0 < weight < math.inf for weight in data.task_weights):
+            raise ConfigError("data.task_weights must be above 0 and finite; leave a task out with data.tasks")

@@ -1,0 +1,114 @@
+"""What names a run: a hash of all that can change its numbers, data and model by their content. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from dptune.config.files import data_files
+from dptune.config.schema import CHECKSUMS, EMBEDDED, SHIPPED, Config, is_public
+
+NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
+"""Parts of the config that do not name a run: they cannot change its numbers."""
+
+KEY_FILE = ".fingerprint-key"
+"""Name of the file that holds the key of hashes of private data, in the output folder."""
+
+
+def run_id(config: Config) -> str:
+    """Twelve hexadecimal digits that name a run: a hash of everything that can change its numbers.
+
+    Defaults are hashed too. A data file or a model counts by its content, not by where it lies. A data file's hash is
+    keyed by `local_key`, so that a published id tells nothing about the file.
+    """
+    identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
+    if config.privacy.score_noise_multiplier is None:
+        del identity["privacy"]["score_noise_multiplier"]  # Runs from before it keep their names.
+    if config.model.path is not None:
+        # The path is what is loaded; where the Hub has the same is not part of it.
+        identity["model"] |= {"path": content_hash(Path(config.model.path)), "repo": None, "revision": None}
+    elif config.model.repo is None and config.model.name in EMBEDDED:
+        identity["model"]["path"] = content_hash(SHIPPED / config.model.name / CHECKSUMS)
+    if config.data.path is not None:
+        contents = [content_hash(file) for file in data_files(config.data.path)]
+        key = b"" if is_public(config.data) else local_key(Path(config.compute.output_root))
+        identity["data"]["path"] = keyed_hash(key, contents)
+    text = json.dumps(identity, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def local_key(output_root: Path) -> bytes:
+    """32 secret bytes that stay beside the runs, kept from the first run on; until then those of this process.
+
+    A plain hash of private records is an exact function of them: whoever knows all records but one could test guesses
+    of that one. What is published therefore carries hashes under this key.
+    """
+    try:
+        return (output_root / KEY_FILE).read_bytes()
+    except FileNotFoundError:
+        return _new_key(output_root.absolute())
+
+
+def keep_local_key(config: Config) -> bool:
+    """Write the key that names runs on private data, once and for all; what makes runs calls it before it makes any.
+
+    Returns:
+        Whether another process was faster, so that names that this one has given already no longer hold.
+    """
+    output_root = Path(config.compute.output_root)
+    path = output_root / KEY_FILE
+    if is_public(config.data) or path.exists():
+        return False
+    output_root.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.touch(mode=0o600)
+    draft.write_bytes(_new_key(output_root.absolute()))
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return True
+    finally:
+        draft.unlink()
+    return False
+
+
+@functools.cache
+def _new_key(output_root: Path) -> bytes:
+    return secrets.token_bytes(32)
+
+
+def keyed_hash(key: bytes, parts: Iterable[str]) -> str:
+    """Sixteen hexadecimal digits of some texts; an empty key makes a plain hash."""
+    digest = hashlib.blake2b(key=key, digest_size=8)
+    for part in parts:
+        digest.update(f"{len(part)} {part}".encode())
+    return digest.hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file, or of a model folder by its small files and the head and tail of its large ones."""
+    files = [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file())
+    return _hash_of(path, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """The hash of some files as they are at these sizes and times of change."""
+    digest = hashlib.sha256()
+    for file, size, _ in files:
+        digest.update(f"{file.name if file != path else ''} {size} ".encode())
+        with file.open("rb") as stream:
+            if file == path or size < 1 << 24:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            else:
+                # Weights of a trained model differ everywhere; reading gigabytes to name a run would be slow.
+                digest.update(stream.read(1 << 22))
+                stream.seek(-(1 << 22), 2)
+                digest.update(stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Records of runs: schema, files, lock, frame, code version, mirrors."""

@@ -1,0 +1,344 @@
+"""The record of one run: its documented schema, how it is written and read.
+
+A run folder `outputs/<run_id>/` holds `record.json` (this schema), `history.jsonl` (one line a step),
+`evaluation.jsonl` (one line a test example), `adapter/` (PEFT format), `.hydra/`, `run.log`. Tables, figures and W&B
+are views of it. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    pass
+from dptune.records.files import write_atomically
+
+SCHEMA_VERSION = 1
+
+
+RECORD_FILE, HISTORY_FILE, EVALUATION_FILE = "record.json", "history.jsonl", "evaluation.jsonl"
+
+
+ADAPTER_FOLDER = "adapter"
+
+
+class RecordError(ValueError):
+    """A record that cannot be read: path and reason in one line."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.folder = path.parent
+
+
+class RunFailed(RuntimeError):
+    """A run that failed, after its record was written: which one, why, and where its log is."""
+
+
+@dataclass
+class Metrics:
+    """What the tuned model does on the test split. Higher is better unless said otherwise; shares are in [0, 1]."""
+
+    accuracy: float
+    """Macro average over tasks: options by summed log-likelihood, free form by normalised exact match of greedy output
+    (see also `bleu`)."""
+    accuracy_by_task: dict[str, float]
+    """Accuracy of each task."""
+    worst_task: str
+    """Name of the task with the lowest accuracy."""
+    spread_over_tasks: float
+    """Standard deviation of the accuracies over tasks (lower is better)."""
+    accuracy_unseen: float | None
+    """Macro accuracy on test inputs that do not occur in the training split; null when there are none, and for private
+    data, about whose single records it would tell."""
+    response_perplexity: float
+    """exp of the mean over examples of their loss (lower is better)."""
+    n: int
+    """Number of test examples."""
+    n_unseen: int | None
+    """Number of test examples whose input does not occur in the training split; null for private data."""
+    n_by_task: dict[str, int]
+    """Number of test examples of each task."""
+    bleu: float | None = None
+    """Macro average over free-form tasks of corpus BLEU (sacreBLEU, in [0, 100]); null when none has references of
+    four words or more."""
+    bleu_by_task: dict[str, float] = field(default_factory=dict)
+    """BLEU of each free-form task with such references."""
+    rouge_l: float | None = None
+    """Macro average over the same tasks of the mean F-measure of ROUGE-L."""
+    rouge_l_by_task: dict[str, float] = field(default_factory=dict)
+    """ROUGE-L of each of them."""
+
+
+@dataclass(slots=True)
+class GroupPrivacy:
+    """Clip and noise of one group of parameters in the last step."""
+
+    dimension: int
+    """Number of coordinates."""
+    noise_std: float
+    """Standard deviation of the noise on the sum of clipped gradients."""
+
+
+@dataclass
+class Privacy:
+    """What the run guarantees. `epsilon` is an upper bound by the reference accountant for the whole transcript."""
+
+    private: bool
+    """False: no guarantee at all."""
+    unit: str | None = None
+    """What one neighbouring data set lacks: an example, or a user."""
+    epsilon: float | None = None
+    """Epsilon spent by the steps that were done."""
+    target_epsilon: float | None = None
+    """Epsilon asked for; null when the noise multiplier was given instead."""
+    delta: float | None = None
+    """Delta, fixed before training."""
+    noise_multiplier: float | None = None
+    """Noise standard deviation over sensitivity."""
+    sample_rate: float | None = None
+    """Probability that a unit is in a batch."""
+    steps: int | None = None
+    """Noisy steps that were done."""
+    noise_mode: str | None = None
+    """`secure`, or `reproducible`: epsilon accounted, not realised for anyone who knows the seed."""
+    attempts: int = 1
+    """Transcripts that were begun for this run, forced ones included; going on from a checkpoint begins none. `epsilon`
+    is for one of them."""
+    score: float | None = None
+    """Number of right answers on the validation split, with noise: what a search chooses by. It is in `epsilon`."""
+    score_noise_multiplier: float | None = None
+    """Standard deviation of its noise."""
+    score_of: int | None = None
+    """Number of validation records."""
+    stand_in: bool = False
+    """The data is public: epsilon is stated as if it were private."""
+    groups: dict[str, GroupPrivacy] = field(default_factory=dict)
+    """Clip and noise by group."""
+    accountants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Epsilon by every accountant; those of kind `estimate` are no guarantee."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """The privacy plan, from which everything above can be computed again."""
+
+
+@dataclass
+class Parameters:
+    """Counts of parameters."""
+
+    total: int
+    """Backbone and adapter."""
+    trainable: int
+    """Trained, and therefore clipped, noised and published."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """The trained ones by kind, such as `lora_A` or `bias`."""
+
+    @property
+    def fraction(self) -> float:
+        """Trainable over total."""
+        return self.trainable / self.total
+
+
+@dataclass
+class Cost:
+    """What the run cost. Times depend a little on the batches that were drawn: not to be published of private data."""
+
+    seconds: float
+    """Wall-clock seconds of the run, once data and backbone are loaded."""
+    training_seconds: float
+    """Wall-clock seconds of the steps."""
+    examples_per_second: float
+    """Training examples a second. Derived from the expected, not the realised number."""
+    peak_memory_mb: float
+    """Peak resident memory of the process, or peak device memory on a GPU, in MiB (2**20 bytes)."""
+    device: str
+    """Device and threads."""
+
+
+@dataclass
+class RunRecord:
+    """Everything that is known of one run."""
+
+    run_id: str
+    """Hash of everything that can change the numbers; of what a search released, hash of what it chose from."""
+    status: Literal["running", "done", "failed"]
+    """State of the run; `running` also marks one that was killed."""
+    config: dict[str, Any]
+    """The whole resolved config."""
+    sweep: str | None = None
+    """Sweep that asked for it first."""
+    method: str | None = None
+    """Method of a comparison, if it was asked for by name."""
+    metrics: Metrics | None = None
+    """Test metrics of the tuned model."""
+    zero_shot: Metrics | None = None
+    """Test metrics of the backbone before training: the floor."""
+    privacy: Privacy | None = None
+    """What it guarantees."""
+    parameters: Parameters | None = None
+    """How much was trained."""
+    cost: Cost | None = None
+    """What it cost."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of
+    what a search released, `repetitions` says how many trials it may have had and what each may have cost."""
+    error: str | None = None
+    """One line, when failed; the traceback is in run.log."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this schema."""
+
+    def write(self, folder: Path) -> Path:
+        """Write `record.json` atomically: a reader sees the old record or the new one, never half of it."""
+        content = dataclasses.asdict(self)
+        if self.parameters is not None:
+            content["parameters"]["fraction"] = self.parameters.fraction
+        return write_atomically(folder / RECORD_FILE, json.dumps(_finite(content), indent=1) + "\n")
+
+
+def read(folder: Path) -> RunRecord | None:
+    """The record in a run folder, or None when there is none.
+
+    Raises:
+        RecordError: naming the file, when it is not a record of this schema.
+    """
+    path = folder / RECORD_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RecordError(path, f"not readable as JSON ({error}); remove the folder to run it again") from None
+    try:
+        if (version := content["schema_version"]) != SCHEMA_VERSION:
+            other = "an older" if version < SCHEMA_VERSION else "a newer"
+            raise RecordError(
+                path,
+                f"schema version {version} of {other} dptune, this one reads {SCHEMA_VERSION}; read it with "
+                "the version that wrote it, or remove the folder to run it again",
+            )
+        record = _parse(content)
+        _check(record)
+        return record
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(path, f"not a run record ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the state of a run depends on."""
+
+    folder: Path
+    status: str
+    sweep: str | None
+    error: str | None
+    code: str | None
+
+
+def run_state(folder: Path) -> RunState | None:
+    """A few fields of a record, ten times as fast as all of it; None when there is no record.
+
+    Records are written one key a line, indented by its depth. A file that is not is read as a whole.
+
+    Raises:
+        RecordError: naming the file, when it is not a record of this schema.
+    """
+    try:
+        content = (folder / RECORD_FILE).read_bytes()
+    except FileNotFoundError:
+        return None
+    status, error = _value(content, b'\n "status": '), _value(content, b'\n "error": ')
+    if status is None or error is None:
+        record = read(folder)
+        assert record is not None
+        return RunState(folder, record.status, record.sweep, record.error, record.provenance.get("code"))
+    sweep, code = (
+        _value(content, b'\n "sweep": '),
+        _value(content, b'\n  "code": ', content.rfind(b'\n "provenance": {')),
+    )
+    fields: list[Any] = [json.loads(value or b"null") for value in (status, sweep, error, code)]
+    return RunState(folder, *fields)
+
+
+def _value(content: bytes, key: bytes, start: int = 0) -> bytes | None:
+    """What stands behind a key to the end of its line."""
+    begin = content.find(key, start)
+    if begin < 0:
+        return None
+    begin += len(key)
+    return content[begin : content.find(b"\n", begin)].rstrip(b",")
+
+
+def run_states(root: Path) -> Iterator[RunState | RecordError]:
+    """Summaries of all records below `root`, in the order of their names; errors of those that cannot be read."""
+    folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    for folder in folders:
+        try:
+            seen = run_state(Path(folder))
+        except RecordError as error:
+            yield error
+            continue
+        if seen is not None:
+            yield seen
+
+
+def _parse(content: dict[str, Any]) -> RunRecord:
+    def metrics(part: Mapping[str, Any] | None) -> Metrics | None:
+        return None if part is None else Metrics(**part)
+
+    privacy = content["privacy"]
+    if privacy is not None:
+        groups = {name: GroupPrivacy(**group) for name, group in privacy["groups"].items()}
+        privacy = Privacy(**{**privacy, "groups": groups})
+    parameters, cost = content["parameters"], content["cost"]
+    if parameters is not None:
+        parameters = Parameters(parameters["total"], parameters["trainable"], parameters.get("groups", {}))
+    return RunRecord(
+        **{
+            **content,
+            "metrics": metrics(content["metrics"]),
+            "zero_shot": metrics(content["zero_shot"]),
+            "privacy": privacy,
+            "parameters": parameters,
+            "cost": None if cost is None else Cost(**cost),
+        }
+    )
+
+
+def _check(record: RunRecord) -> None:
+    """Refuse what would be shown as a result and cannot be one."""
+    if record.status not in ("running", "done", "failed"):
+        raise ValueError(f"status is {record.status!r}, not running, done or failed")
+    if not isinstance(record.config, dict) or not isinstance(record.provenance, dict):
+        raise ValueError("config and provenance must be objects")
+    if record.status == "done" and (record.metrics is None or record.privacy is None):
+        raise ValueError("a finished run needs metrics and privacy")
+    for name, part in (("metrics", record.metrics), ("zero_shot", record.zero_shot)):
+        shares = [] if part is None else [part.accuracy, *part.accuracy_by_task.values()]
+        if any(isinstance(share, bool) or not 0 <= share <= 1 for share in shares):
+            raise ValueError(f"{name} holds an accuracy outside [0, 1]")
+        if part is not None and not (0 <= (part.bleu or 0) <= 100 and 0 <= (part.rouge_l or 0) <= 1):
+            raise ValueError(f"{name} holds a BLEU outside [0, 100] or a ROUGE-L outside [0, 1]")
+    privacy = record.privacy
+    if record.status == "done" and privacy is not None and privacy.private:
+        # A run of no steps, such as zero-shot, looks at no training data: its epsilon is 0.
+        if privacy.epsilon is not None and not (privacy.epsilon > 0 or privacy.epsilon == privacy.steps == 0):
+            raise ValueError("epsilon of a private run that took steps must be above 0")
+        stated = (privacy.delta, privacy.noise_multiplier)
+        if any(value is not None and not value > 0 for value in stated):
+            raise ValueError("delta and noise multiplier of a private run must be above 0")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: both become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""A config becomes a plan, a trained adapter and a record."""

@@ -1,0 +1,158 @@
+"""From a config to the privacy plan of a run, and from a plan to what it guarantees. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from dptune.config.schema import Config, ConfigError, noise_mode
+from dptune.data.sources import Dataset
+from dptune.privacy.accounting import Reported, calibrate, epsilon_text
+from dptune.privacy.accounting import epsilon as accountant
+from dptune.privacy.events import Event
+from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
+from dptune.privacy.selection import score_event
+from dptune.records.record import GroupPrivacy, Privacy
+
+
+def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
+    """The privacy plan of a run, calibrated to its target epsilon.
+
+    Raises:
+        ConfigError: when no plan with these settings can be true, or the target cannot be reached.
+    """
+    # Any: the values are names that the config has checked and the plan checks again.
+    privacy: Any = config.privacy
+    hyper, mode = config.hyperparameter, noise_mode(config)
+    users = {example.user for example in data.train}
+    if privacy.unit != "example" and None in users:
+        raise ConfigError(
+            f"privacy.unit={privacy.unit} needs the author of every training record; "
+            "map it with data.columns.user or set privacy.unit=example"
+        )
+    num_units = len(users) if privacy.unit == "user_uls" else len(data.train)
+    try:
+        if not privacy.enabled:
+            return PrivacyPlan.non_private(
+                num_units=num_units, expected_batch_size=hyper.expected_batch_size, steps=hyper.steps
+            )
+        plan = PrivacyPlan(
+            num_units=num_units,
+            expected_batch_size=hyper.expected_batch_size,
+            steps=hyper.steps,
+            delta=privacy.delta,
+            noise_multiplier=privacy.noise_multiplier or 1.0,
+            max_grad_norm=hyper.max_grad_norm,
+            unit=privacy.unit,
+            examples_per_user=privacy.examples_per_user,
+            clipping=Clipping(kind=privacy.clipping, stability=privacy.clipping_stability),
+            grouping=privacy.grouping,
+            allocation=Allocation(
+                rule=privacy.allocation,
+                weights=privacy.allocation_weights,
+                ema=privacy.allocation_ema,
+                floor=privacy.allocation_floor,
+            ),
+            quantile=None
+            if privacy.quantile is None
+            else QuantileTracking(
+                quantile=privacy.quantile,
+                learning_rate=privacy.quantile_learning_rate,
+                share=privacy.quantile_share,
+            ),
+            schedule=Schedule(kind=privacy.schedule, ratio=privacy.schedule_ratio),
+            one_shot=()
+            if privacy.projection != "private"
+            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or 1),),
+            noise_mode=mode,
+        )
+        if privacy.target_epsilon is not None and plan.events():
+            plan = calibrated(plan, privacy.target_epsilon)
+        if privacy.score_noise_multiplier is not None:
+            check_score(privacy.score_noise_multiplier, privacy.target_epsilon, plan, len(data.validation))
+        return plan
+    except PlanError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_score(noise_multiplier: float, target_epsilon: float | None, plan: PrivacyPlan, records: int) -> None:
+    """Raises ConfigError when the score on so many validation records would cost more than the run may."""
+    field = f"privacy.score_noise_multiplier={noise_multiplier:g}"
+    if not records:
+        raise ConfigError(f"{field} needs validation records, there are none; see data.validation_size and data.splits")
+    if plan.delta > 1 / records:
+        raise ConfigError(f"{field}: privacy.delta={plan.delta:g} is above one over the {records} validation records")
+    limit = target_epsilon or plan.epsilon()
+    if limit and (own := score_epsilon(noise_multiplier, plan.delta)) > limit:
+        least = calibrate(lambda sigma: [score_event(sigma)], limit, plan.delta)
+        raise ConfigError(
+            f"{field} alone costs epsilon {epsilon_text(own)}, more than the {limit:g} of the run; "
+            f"take at least {least:g}, or leave the score out"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def score_epsilon(noise_multiplier: float, delta: float) -> float:
+    """Epsilon of the score alone."""
+    return accountant([score_event(noise_multiplier)], delta)
+
+
+@functools.lru_cache(maxsize=256)
+def calibrated(plan: PrivacyPlan, target_epsilon: float) -> PrivacyPlan:
+    """The plan with the least noise that keeps the target; the runs of a sweep share the search."""
+    return plan.calibrate(target_epsilon)
+
+
+def privacy_of(
+    plan: PrivacyPlan, config: Config, data: Dataset, steps: int, groups: dict[str, GroupPrivacy] | None = None
+) -> Privacy:
+    """The guarantee after some steps, computed from the plan that the run was trained with."""
+    if not plan.private:
+        return Privacy(private=False, steps=steps, stand_in=data.public, plan=plan.to_dict())
+    return Privacy(
+        private=True,
+        unit=plan.unit,
+        epsilon=plan.epsilon(steps),
+        target_epsilon=config.privacy.target_epsilon,
+        delta=plan.delta,
+        noise_multiplier=plan.noise_multiplier,
+        sample_rate=plan.sample_rate,
+        steps=steps,
+        noise_mode=plan.noise_mode,
+        stand_in=data.public,
+        groups=groups or {},
+        accountants={name: dataclasses.asdict(value) for name, value in side_by_side(plan).items()},
+        plan=plan.to_dict(),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def side_by_side(plan: PrivacyPlan) -> dict[str, Reported]:
+    """Epsilon by every accountant; runs that differ in their seed share it."""
+    return plan.side_by_side()
+
+
+@functools.lru_cache(maxsize=256)
+def epsilon_marks(plan: PrivacyPlan) -> dict[int, float | None]:
+    """Epsilon after about every tenth of the steps, None without privacy; all of it depends on the plan alone."""
+    marks = np.unique(np.linspace(0, plan.steps, 11)[1:].round().astype(int))
+    return {int(step): plan.epsilon(int(step)) if plan.private else None for step in marks}
+
+
+def spent(privacy: Privacy) -> str:
+    """Epsilon that a run spent, rounded up, and its target."""
+    if privacy.epsilon is None:
+        return "non-private"
+    target = f"/{privacy.target_epsilon:g}" if privacy.target_epsilon else ""
+    return f"epsilon {epsilon_text(privacy.epsilon)}{target}"
+
+
+def describe(plan: PrivacyPlan) -> str:
+    """The plan in one line."""
+    start = f"{plan.steps} steps of {plan.expected_batch_size:g} of {plan.num_units} expected"
+    if not plan.private:
+        return f"{start}, non-private"
+    return f"{start}, noise multiplier {plan.noise_multiplier:.4f}, delta {plan.delta:g}, {plan.noise_mode} noise"

@@ -1,0 +1,72 @@
+"""Where the numbers of a run come from: commit, code, packages, data, backbone, seed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dptune.config.schema import Config
+from dptune.installation import unlike_lock
+from dptune.records.code import code_version
+from dptune.runs.setup import Setup
+
+
+def provenance(config: Config, setup: Setup, overrides: Sequence[str]) -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "overrides": list(overrides),
+        "git": git_commit(),
+        "code": code_version(),
+        "versions": versions(),
+        "lock": unlike_lock(),
+        "data": setup.data.fingerprint,
+        "backbone": setup.backbone.fingerprint,
+        "engine": setup.engine,
+        "seed": config.environment.seed,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+PACKAGES = ("dptune", "torch", "transformers", "peft", "opacus", "dp-accounting", "hydra-core", "numpy")
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the code, with `+` when the working tree differs; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit, changes = (
+            subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changes else "")
+
+
+def peak_memory_mb(device: str) -> float:
+    """Peak device memory on a GPU, else the peak resident memory of this process, in MiB."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,1 @@
+"""Sweeps expanded to runs, and their state."""
