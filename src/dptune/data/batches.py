@@ -54,7 +54,7 @@ class InputFormat:
     start: int | None = None
     """First token that the decoder of an encoder-decoder reads."""
     first_position: int | None = 0
-    """Number of an encoder's first position; None for a backbone that takes no position ids."""
+    """Number of the first position; None for a backbone that takes no position ids."""
 
     @property
     def extra(self) -> int:
@@ -158,16 +158,20 @@ def physical_batches(rows: Sequence[Encoded], ladder: Ladder) -> Iterator[Piece]
             yield Piece(shape, np.array(positions[start : start + shape.rows]))
 
 
-def collate(rows: Sequence[Encoded], layout: InputFormat, shape: Shape, device: torch.device | str = "cpu") -> Tensors:
-    """A physical batch of the given shape, filled up with rows that do not count."""
-    assert len(rows) <= shape.rows
+def collate(
+    rows: Sequence[Encoded], layout: InputFormat, shape: Shape | None = None, device: torch.device | str = "cpu"
+) -> Tensors:
+    """A physical batch of the given shape, filled up with rows that do not count; without one, of the least shape.
+
+    Raises:
+        ValueError: when the rows do not have the shape.
+    """
+    if shape is None:
+        shape = Shape(max(map(layout.width_of, rows)), max(1, *(row.response for row in rows)), len(rows))
+    if len(rows) > shape.rows:
+        raise ValueError(f"{len(rows)} rows do not fit into a physical batch of {shape.rows}")
     arrays = _LAYOUTS[layout.architecture]([*rows, *[FILLER] * (shape.rows - len(rows))], layout, shape)
     return {name: torch.from_numpy(value).to(device) for name, value in arrays.items()}
-
-
-def own_shape(rows: Sequence[Encoded], layout: InputFormat) -> Shape:
-    """The least shape that holds the given rows."""
-    return Shape(max(map(layout.width_of, rows)), max(1, *(row.response for row in rows)), len(rows))
 
 
 def _decoder(rows: Sequence[Encoded], layout: InputFormat, shape: Shape) -> dict[str, NDArray[np.int64]]:
@@ -177,11 +181,15 @@ def _decoder(rows: Sequence[Encoded], layout: InputFormat, shape: Shape) -> dict
         begin = max(len(row.tokens) - row.response, 1)
         labels.append(row.tokens[begin:])
         positions.append(tuple(range(begin - 1, len(row.tokens) - 1)))
-    return {
+    batch = {
         "input_ids": _padded([row.tokens for row in rows], layout.pad, shape.width),
         "labels": _padded(labels, IGNORED, shape.labels),
         "label_positions": _padded(positions, 0, shape.labels),
     }
+    if layout.first_position is not None:
+        # A backbone would make them once for all rows, of which no engine can tell each row's share.
+        batch["position_ids"] = np.tile(np.arange(shape.width), (len(rows), 1))
+    return batch
 
 
 def _encoder(rows: Sequence[Encoded], layout: InputFormat, shape: Shape) -> dict[str, NDArray[np.int64]]:
@@ -270,11 +278,14 @@ def _read_by_the_head(model: torch.nn.Module, places: torch.Tensor, width: int) 
     """Inside, the output head reads the given places [b, k] of each row only; a list with an entry says that it did.
 
     Logits of all places would be most of a step where the vocabulary is large, and a slice that is not contiguous is
-    copied by torch together with the whole head. What the model does to its logits after the head stays in force.
+    copied by torch together with the whole head. What the model does to its logits after the head stays in force. A
+    head that is trained reads everything.
     """
     chosen: list[bool] = []
     outputs = getattr(model, "get_output_embeddings", None)
     head = outputs() if outputs is not None else None
+    if head is not None and any(value.requires_grad for value in head.parameters()):
+        head = None  # An engine may do a trained layer again, without what is hung on it here.
 
     def select(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = args

@@ -312,7 +312,7 @@ ENGINES: dict[str, Callable[[torch.nn.Module, LossFunction], Engine]] = {
 }
 
 
-TOLERANCE = 1e-4
+TOLERANCE = 5e-5
 """Largest difference of an engine from the loop, relative to a parameter's largest gradient, in a model of up to
 LAYERS layers; deeper ones round more, in proportion. Rows must be as independent of one another in any model."""
 LAYERS = 8

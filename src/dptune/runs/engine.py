@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import FILLER, Ladder, Shape, Tensors, collate, example_losses, own_shape
+from dptune.data.batches import FILLER, Ladder, Shape, Tensors, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import Backbone
@@ -83,7 +83,7 @@ def _first_right(
                 break
             try:
                 if private:
-                    check_independence(engine, model, example_losses, list(_probes(path.ladder, vocabulary, device)))
+                    check_independence(engine, model, example_losses, list(probes(path.ladder, vocabulary, device)))
             except EngineError as error:
                 notes.append(f"engine {name}, {rows} row(s) in a batch: {error}")
             else:
@@ -98,11 +98,11 @@ def _few(vocabulary: int, ladder: Ladder, device: str) -> tuple[Tensors, Tensors
     lengths = (7, 9, 5)
     rows = made_up_rows(vocabulary, lengths)
     changed = [*rows[:-1], made_up_rows(vocabulary, lengths, shift=101)[-1]]
-    first, second = (collate(each, ladder.layout, own_shape(each, ladder.layout), device) for each in (rows, changed))
+    first, second = (collate(each, ladder.layout, device=device) for each in (rows, changed))
     return first, second
 
 
-def _probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
+def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
     """Made-up batches of every shape, with rows of the lengths that it takes."""
     for shape in ladder.shapes:
         rows = _rows_of(shape, ladder, vocabulary)
@@ -113,7 +113,7 @@ def _probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
             name=f"{shape.rows} rows of up to {shape.width - ladder.layout.extra} tokens",
             rows=collate(rows, ladder.layout, shape, device),
             others=collate(others, ladder.layout, shape, device),
-            alone=[collate([row], ladder.layout, own_shape([row], ladder.layout), device) for row in rows[:3]],
+            alone=[collate([row], ladder.layout, device=device) for row in rows[:3]],
         )
 
 
