@@ -19,7 +19,7 @@ from dptune.config.schema import EMBEDDED_DATA
 from dptune.report.intervals import Estimate, holm, mean_over_runs, t_quantile
 from dptune.report.pairing import Evidence, Key, Pairs, evidence, groups
 from dptune.report.results import Results
-from dptune.report.tables import ACCURACY, SPREAD, Cell, Column, Measure, Table
+from dptune.report.tables import ACCURACY, NONE, SPREAD, Cell, Column, Measure, Table, cells_of
 
 Verdict = Literal["supported", "not supported", "undecided"]
 LEVEL, FEWEST_SEEDS, FEWEST_CONDITIONS = 0.05, 3, 3
@@ -90,30 +90,52 @@ def claims(results: Results) -> list[Claim]:
     return tested
 
 
+def _of_contrast(cell: Callable[[Claim, Contrast], Cell]) -> Callable[[Claim], Cell | None]:
+    return lambda claim: None if claim.contrast is None else cell(claim, claim.contrast)
+
+
+def _effect_cell(claim: Claim, contrast: Contrast) -> Cell:
+    effect = contrast.effect
+    interval = "" if effect.low is None else f" [{effect.low:+.3g}, {effect.high:+.3g}]"
+    text = f"{effect.mean:+.3g}{interval} ({effect.n})"
+    return Cell(text, effect.mean, effect.low, effect.high, effect.n, contrast.run_ids)
+
+
+COLUMNS = (
+    Column("claim", "claim", "", lambda claim: Cell(f"{claim.number}. {claim.text}")),
+    Column("verdict", "verdict", "", lambda claim: Cell(claim.verdict)),
+    Column("effect", "effect [95 %] (seeds)", "", _of_contrast(_effect_cell)),
+    Column("unit", "unit", "", _of_contrast(lambda claim, _: Cell(claim.unit))),
+    Column(
+        "p",
+        "p (Holm)",
+        "",
+        _of_contrast(lambda claim, _: Cell(f"{claim.p:.3g}" if claim.p is not None else NONE, claim.p)),
+    ),
+    Column(
+        "runs",
+        "runs",
+        "",
+        _of_contrast(lambda _, item: Cell(str(len(item.run_ids)), len(item.run_ids), run_ids=item.run_ids)),
+    ),
+    Column(
+        "why",
+        "why, and what would decide it",
+        "",
+        lambda claim: Cell(claim.reason + (f" To decide: {claim.decide}" if claim.decide else "")),
+    ),
+)
+
+
 def claims_table(found: Sequence[Claim]) -> Table:
     """The claims as a table."""
-    rows = []
-    for claim in found:
-        contrast, words = claim.contrast, claim.reason + (f" To decide: {claim.decide}" if claim.decide else "")
-        row = {"claim": Cell(f"{claim.number}. {claim.text}"), "verdict": Cell(claim.verdict), "why": Cell(words)}
-        if contrast is not None:
-            effect = contrast.effect
-            interval = "" if effect.low is None else f" [{effect.low:+.3g}, {effect.high:+.3g}]"
-            text = f"{effect.mean:+.3g}{interval} ({effect.n})"
-            row["effect"] = Cell(text, effect.mean, effect.low, effect.high, effect.n, contrast.run_ids)
-            row["unit"] = Cell(claim.unit)
-            row["p"] = Cell("–" if claim.p is None else f"{claim.p:.3g}", claim.p)
-            row["runs"] = Cell(str(len(contrast.run_ids)), len(contrast.run_ids), run_ids=contrast.run_ids)
-        rows.append(row)
-    columns = [("claim", "claim"), ("verdict", "verdict"), ("effect", "effect [95 %] (seeds)"), ("unit", "unit")]
-    columns += [("p", "p (Holm)"), ("runs", "runs"), ("why", "why, and what would decide it")]
     notes = (
         "Claims of arXiv:2512.06711 by its abstract, tested on the records here; no number is the paper's.",
         "Effect: positive is in favour of the claim; against the strongest baseline, paired by seed. Supported: "
         f"p below {LEVEL} after Holm. Not supported: with 95 % confidence (one-sided) the effect is negative or below "
         f"what matters ({MATTERS} of accuracy). Undecided: anything else, and fewer than {FEWEST_SEEDS} seeds.",
     )
-    return Table("claims", "Claims", tuple(Column(*item) for item in columns), tuple(rows), notes)
+    return Table("claims", "Claims", COLUMNS, tuple(cells_of(COLUMNS, claim) for claim in found), notes)
 
 
 def _examined(test: _Test, results: Results, found: Evidence | None) -> Claim:
@@ -184,8 +206,8 @@ def _where(found: Evidence, test: _Test, pairs: Pairs) -> str:
     rows = [pair[0] for seeds in pairs.values() for chosen in seeds.values() for pair in chosen]
     spent = {float(columns["privacy.target_epsilon"][row] or columns["privacy.epsilon"][row]) for row in rows}
     data = columns["config.data.name"][rows[0]]
-    if "config.data.organisation" in columns and data in EMBEDDED_DATA:
-        data = f"{data}, {columns['config.data.organisation'][rows[0]]} organisation"
+    if variant := EMBEDDED_DATA.get(data):
+        data = f"{data}, {columns[f'config.data.{variant}'][rows[0]]} {variant}"
     many = f", {len(pairs)} conditions" if test.condition != "target" else ""
     return f"ε {', '.join(f'{value:g}' for value in sorted(spent))}{many}, {data}"
 

@@ -102,8 +102,9 @@ def of_records(
         return Results(pd.DataFrame({"run_id": [], "status": [], "state": []}), unreadable=unreadable, root=root)
     runs = to_frame(records)
     runs["state"] = runs["status"].replace({"running": State.BEGUN})
-    tasks = [name for name in runs if str(name).startswith("metrics.accuracy_by_task.")]
-    runs["metrics.worst"] = runs[tasks].min(axis=1) if tasks else None
+    for part in ("metrics", "zero_shot"):
+        tasks = [name for name in runs if str(name).startswith(f"{part}.accuracy_by_task.")]
+        runs[f"{part}.worst"] = runs[tasks].min(axis=1) if tasks else None
     order = [name for name in ORDER if name in runs]
     runs = runs.sort_values(order, kind="stable", ignore_index=True, na_position="first")
     results = Results(runs, unreadable=unreadable, root=root)
