@@ -23,7 +23,8 @@ SHIPPED, CHECKSUMS = Path(__file__).parents[1] / "models" / "shipped", "SHA256SU
 
 
 EMBEDDED_DATA = {"supportdesk": "organisation"}
-"""Data that is made by the package: it needs no file, and is public. What makes it: `dptune.data.sources.SOURCES`."""
+"""Data that is made by the package (`dptune.data.sources.SOURCES`): it needs no file, and is public. By its name: the
+field of `DataConfig` that chooses among its variants."""
 
 
 SPLITS = ("train", "validation", "test")

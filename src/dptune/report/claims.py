@@ -206,7 +206,7 @@ def _where(found: Evidence, test: _Test, pairs: Pairs) -> str:
     rows = [pair[0] for seeds in pairs.values() for chosen in seeds.values() for pair in chosen]
     spent = {float(columns["privacy.target_epsilon"][row] or columns["privacy.epsilon"][row]) for row in rows}
     data = columns["config.data.name"][rows[0]]
-    if variant := EMBEDDED_DATA.get(data):
+    if (variant := EMBEDDED_DATA.get(data)) and f"config.data.{variant}" in columns:
         data = f"{data}, {columns[f'config.data.{variant}'][rows[0]]} {variant}"
     many = f", {len(pairs)} conditions" if test.condition != "target" else ""
     return f"ε {', '.join(f'{value:g}' for value in sorted(spent))}{many}, {data}"
