@@ -17,6 +17,7 @@ from typing import Any
 
 from dptune.privacy.accounting import epsilon_text
 from dptune.records.files import write_atomically
+from dptune.records.state import State
 from dptune.report.claims import Claim, claims
 from dptune.report.composition import OF_RUNS, compositions
 from dptune.report.figures import all_figures, thinned
@@ -291,7 +292,7 @@ def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
     def of(name: str) -> Any:
         return columns[name][row] if name in columns else None
 
-    if columns["state"][row] != "done":
+    if columns["state"][row] != State.DONE:
         return ["This run has no result, so nothing is said of its privacy; its ledger says what it began to release."]
     if not of("privacy.private"):
         return ["This run is not private: it was trained without clipping and noise and guarantees nothing."]

@@ -163,7 +163,7 @@ def with_items(results: Results, records: Sequence[RunRecord]) -> Results:
     layouts: dict[str, list[tuple[str, ...]]] = {}
     wrong = list(results.unreadable)
     for record in records:
-        if record.status != "done" or record.metrics is None:
+        if not record.is_done or record.metrics is None:
             continue
         path = results.root / record.run_id / EVALUATION_FILE
         try:
