@@ -87,7 +87,7 @@ def claims(results: Results) -> list[Claim]:
     tested = [_examined(test, results, found) for test in TESTS]
     able = [at for at, claim in enumerate(tested) if claim.p is not None]
     for at, p in zip(able, holm([tested[at].p or 0.0 for at in able]), strict=True):
-        tested[at] = _judged(replace(tested[at], p=p), TESTS[at])
+        tested[at] = _verdict(replace(tested[at], p=p), TESTS[at])
     return tested
 
 
@@ -166,7 +166,7 @@ def _deciding(by_group: Sequence[Sequence[Contrast]]) -> Contrast:
     return max(chosen, key=lambda c: (min(c.effect.n, FEWEST_SEEDS), len(c.run_ids)))
 
 
-def _judged(claim: Claim, test: _Test) -> Claim:
+def _verdict(claim: Claim, test: _Test) -> Claim:
     """The verdict, given the corrected p-value."""
     contrast, p = claim.contrast, claim.p
     assert contrast is not None and p is not None

@@ -45,7 +45,7 @@ def difference(sign: float, measure: Measure) -> Effect:
                 for ours, theirs in chosen:
                     weights[ours] = weights.get(ours, 0.0) + share
                     weights[theirs] = weights.get(theirs, 0.0) - share
-        items = results.judgements([str(found.columns["run_id"][row]) for row in weights])
+        items = results.test_items([str(found.columns["run_id"][row]) for row in weights])
         if items is None or measure.of is None:
             return mean_over_runs(list(values.values()))
         # `influence` takes the mean over runs: their number times the weight is the weighted sum.

@@ -348,7 +348,7 @@ def counted(results: Results) -> str:
 
 
 def _accuracy(results: Results, setting: Setting) -> Any:
-    return estimate(setting, ACCURACY, results.judgements(setting.run_ids))
+    return estimate(setting, ACCURACY, results.test_items(setting.run_ids))
 
 
 def _cell(cell: Cell | None, key: str) -> str:

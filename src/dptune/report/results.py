@@ -71,7 +71,7 @@ class Results:
         """The same with other rows."""
         return dataclasses.replace(self, runs=runs)
 
-    def judgements(self, run_ids: Sequence[str]) -> Answers | None:
+    def test_items(self, run_ids: Sequence[str]) -> Answers | None:
         """Items by run, if they are known for all of these runs and are the same items."""
         layouts = {self.tasks.get(run_id) for run_id in run_ids}
         if len(layouts) != 1 or None in layouts:

@@ -179,7 +179,7 @@ def comparable(one: Setting, other: Setting) -> str | None:
     if differ("config.data."):
         return "other data"
     if differ("config.evaluation."):
-        return "judged in another way"
+        return "evaluated in another way"
     columns = [] if differ(MODEL) else [BACKBONE]
     columns += [] if differ(CONDITION) else [DATA]
     columns += GUARANTEE if one.private and other.private else ()

@@ -133,7 +133,7 @@ class Row:
     @cached_property
     def items(self) -> Answers | None:
         """Which items its runs got right."""
-        return self.results.judgements(self.setting.run_ids)
+        return self.results.test_items(self.setting.run_ids)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def paired(results: Results, one: Setting, other: Setting, measure: Measure = AC
         _number(columns, a, measure) - _number(columns, b, measure) for a, b in zip(left, right, strict=True)
     ]
     run_ids = [ids[row] for row in (*left, *right)]
-    items, variance = results.judgements(run_ids), 0.0
+    items, variance = results.test_items(run_ids), 0.0
     tested = 0 if items is None else len(items.task_of)
     if items and measure.of:
         gradient = measure.of(items.accuracies())
@@ -438,7 +438,7 @@ def task_table(name: str, results: Results) -> Table:
 def task_row(results: Results, setting: Setting, tasks: Sequence[str], at: int) -> dict[str, Cell]:
     """One row of the table of tasks."""
     row = {"row": _numbered(at), "setting": Cell(setting.label, run_ids=setting.run_ids)}
-    items = results.judgements(setting.run_ids)
+    items = results.test_items(setting.run_ids)
     for task in tasks:
         values = [value for value in setting.values(f"metrics.accuracy_by_task.{task}") if value is not None]
         if not values:
