@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
 from dptune.privacy.selection import noisy_score
 from dptune.records import mirror as tracking
-from dptune.records.files import write_atomically
+from dptune.records.files import whole_folder, write_atomically
 from dptune.records.lock import LockLost, holder, locked
 from dptune.records.record import (
     ADAPTER_FOLDER,
@@ -107,7 +106,7 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         provenance=provenance(config, setup, overrides),
     )
     # A forced run replaces a finished record only by a finished one.
-    replaces = (before := read(folder.path)) is not None and before.status == "done"
+    replaces = (before := read(folder.path)) is not None and before.is_done
     if not replaces:
         record.write(folder.path)
     start = start_of(setup, folder)
@@ -199,7 +198,7 @@ class Agreement:
 def finished_record(folder: Path, config: Config) -> RunRecord | None:
     """The record of a finished run that is not to be done again."""
     record = read(folder)
-    return record if record is not None and record.status == "done" and not config.compute.force else None
+    return record if record is not None and record.is_done and not config.compute.force else None
 
 
 def start_of(setup: Setup, folder: RunFolder) -> Checkpoint | None:
@@ -325,11 +324,6 @@ def scored(guarantee: Privacy, right: int, records: int, config: Config, setup: 
 
 def save_adapter(model: torch.nn.Module, folder: Path) -> None:
     """Write the adapter; a half-written folder is never seen."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
+    with whole_folder(folder) as draft:
         adapters.save(model, draft)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
