@@ -8,7 +8,7 @@ batches before. What is seen here is assumed of the kernels ever after.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +50,7 @@ _MOST = 4096
 
 
 def check_independence(engine: Engine, model: torch.nn.Module, loss: LossFunction, probes: Sequence[Probe]) -> None:
-    """Raise unless each row's gradient is its own, in every shape.
-
-    All shapes are computed three times: upwards; downwards, with the rows at odd places one place further and others at
-    the rest; upwards again, with the rows at even places one place further. Each row is met in two places, each place
-    is compared with the next one, and each shape comes after smaller and after larger ones.
+    """Raise unless each row's gradient is its own, in every shape, and is that of the row without padding.
 
     Args:
         engine: compared with the loop already.
@@ -68,23 +64,39 @@ def check_independence(engine: Engine, model: torch.nn.Module, loss: LossFunctio
     low = any(value.is_floating_point() and value.itemsize < 4 for value in model.parameters())
     with moved(trainable_parameters(model)):
         oracle = LoopEngine(model, loss)
-        with engine.paused():
-            alone = [[_thinned(oracle(row)[1]) for row in probe.alone] for probe in probes]
-        seen = []
-        for probe, rows in zip(probes, alone, strict=True):
-            found = engine(probe.rows)[1]
-            _compare(probe.name, _thinned(found), rows, LOW_PRECISION_TOLERANCE if low else PADDING_TOLERANCE)
-            seen.append(_bits(found))
-        for parity, order in ((1, range(len(probes) - 1, -1, -1)), (0, range(len(probes)))):
-            for at in order:
-                bits = _bits(engine(_moved_on(probes[at], parity))[1])
-                count = rows_of(probes[at].rows)
-                for row in range(parity, count, 2):
-                    if wrong := [key for key in bits if bits[key][(row + 1) % count] != seen[at][key][row]]:
-                        raise EngineError(
-                            f"the last bits of the gradient of {wrong[0]} in batches of {probes[at].name} depend on "
-                            "their place, on the other rows or on earlier batches"
-                        )
+        for probe in probes:
+            with engine.paused():
+                alone = [_thinned(oracle(row)[1]) for row in probe.alone]
+            found = _thinned(engine(probe.rows)[1])
+            _compare(probe.name, found, alone, LOW_PRECISION_TOLERANCE if low else PADDING_TOLERANCE)
+        check_bits(lambda batch: engine(batch)[1], probes)
+
+
+def check_bits(vectors_of: Callable[[Batch], Gradients], probes: Sequence[Probe]) -> None:
+    """Raise unless what is computed of each row has the same bits wherever it stands, beside and after whatever.
+
+    All shapes are computed three times: upwards; downwards, with the rows at odd places one place further and others at
+    the rest; upwards again, with the rows at even places one place further. Each row is met in two places, each place
+    is compared with the next one, and each shape comes after smaller and after larger ones.
+
+    Args:
+        vectors_of: gives named vectors [b, ...] for the rows of a batch.
+        probes: one for each shape, in ascending order.
+
+    Raises:
+        EngineError: naming the shape and the parameter.
+    """
+    seen = [_bits(vectors_of(probe.rows)) for probe in probes]
+    for parity, order in ((1, range(len(probes) - 1, -1, -1)), (0, range(len(probes)))):
+        for at in order:
+            found = _bits(vectors_of(_moved_on(probes[at], parity)))
+            count = rows_of(probes[at].rows)
+            for row in range(parity, count, 2):
+                if wrong := [key for key in found if found[key][(row + 1) % count] != seen[at][key][row]]:
+                    raise EngineError(
+                        f"the last bits of the gradient of {wrong[0]} in batches of {probes[at].name} depend on "
+                        "their place, on the other rows or on earlier batches"
+                    )
 
 
 def _moved_on(probe: Probe, parity: int) -> Batch:

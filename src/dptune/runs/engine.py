@@ -50,7 +50,8 @@ def checked_path(config: Config, backbone: Backbone, model: torch.nn.Module, pri
         dataclasses.astuple(config.adapter),
         dataclasses.astuple(config.compute)[:2],
         (config.hyperparameter.rank, config.hyperparameter.steps, config.environment.precision),
-        (names, ladder, private),
+        (names, *map(ENGINES.__getitem__, names)),
+        (ladder, private),
     )
     if key not in _checked:
         _checked[key] = _first_right(config, backbone, model, ladder, names, private)

@@ -15,12 +15,15 @@ from dptune.models import adapters
 from dptune.models.state import AdapterState
 from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.allocation import lora_group_weights
+from dptune.privacy.gradients import Engine
+from dptune.privacy.independence import check_bits
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.records import mirror as tracking
 from dptune.records.code import code_version
 from dptune.records.record import HISTORY_FILE, GroupPrivacy, Privacy
+from dptune.runs.engine import probes
 from dptune.runs.folder import CHECKPOINT_FOLDER, LEDGER_FILE, RunFolder
 from dptune.runs.privacy import epsilon_marks, privacy_of
 from dptune.runs.setup import Setup, training_rows
@@ -80,6 +83,8 @@ class AdapterTraining:
             ladder=setup.path.ladder,
             stored=start.state["projection"] if start else None,
         )
+        if plan.private and config.privacy.projection != "none":
+            self._check_projection(engine, projection)
         self.path = PrivatePath(engine, projection, Mechanism(plan, projection.groups, keys))
         self.history = list(start.history) if start else []
         self._written = len(self.history)
@@ -120,6 +125,14 @@ class AdapterTraining:
         }
         guarantee = privacy_of(plan, self.config, self.setup.data, plan.steps, noise)
         return dataclasses.replace(guarantee, attempts=self.ledger.attempts if self.ledger else 0)
+
+    def _check_projection(self, engine: Engine, projection: FullSpace) -> None:
+        """Raise unless the coordinates of a row are its own to the last bit, as its gradient is."""
+        vocabulary, ladder = len(self.setup.backbone.tokenizer), self.setup.path.ladder
+        check_bits(
+            lambda batch: dict(projection.project(engine(batch)[1])),
+            list(probes(ladder, vocabulary, self.config.compute.device)),
+        )
 
     def _public_rows(self) -> list[Encoded]:
         """The encoded records of public data that belong to the source."""
