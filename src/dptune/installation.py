@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 DISK_FULL = (
-    "no space is left in the environment's folder or that of temporary files: free some (the base takes 1.3 GB), or "
+    "no space is left in the environment's folder or that of temporary files: free some (the base takes 1.4 GB), or "
     "choose others with VENV=... and TMPDIR=..."
 )
 
