@@ -89,7 +89,7 @@ DEFAULTS = dict(flat(dataclasses.asdict(Config())))
 FILES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 
 
-@pytest.mark.parametrize(("group", "name"), FILES, ids="=".join)
+@pytest.mark.parametrize(("group", "name"), FILES, ids=map("=".join, FILES))
 def test_a_file_says_only_what_differs_from_what_it_builds_on(group: str, name: str) -> None:
     before = dict(DEFAULTS)
     todo = bases(group, name)
@@ -136,7 +136,10 @@ def reached() -> tuple[set[tuple[str, str]], dict[str, set[str]]]:
     return files, values
 
 
-@pytest.mark.parametrize(("group", "name"), [file for file in FILES if file[0] in GROUPS], ids="=".join)
+CASES = [file for file in FILES if file[0] in GROUPS]
+
+
+@pytest.mark.parametrize(("group", "name"), CASES, ids=map("=".join, CASES))
 def test_every_case_is_in_a_sweep(group: str, name: str) -> None:
     assert (group, name) in reached()[0]
 
