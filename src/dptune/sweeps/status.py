@@ -33,13 +33,7 @@ class Status:
 
 
 def of_sweep(name: str, jobs: Sequence[Job], arguments: Sequence[str]) -> str:
-    """The state of each run of a sweep.
-
-    Args:
-        name: of the sweep.
-        jobs: its runs.
-        arguments: overrides that it was asked for with.
-    """
+    """The state of each run of a sweep that was asked for with some overrides."""
     found = []
     for job in jobs:
         setting = ", ".join(item.split(".", 1)[-1] for item in job.varied)
