@@ -87,7 +87,8 @@ def status_of(seen: RunState | RecordError, setting: str = "") -> Status:
 def counts(found: Sequence[Status]) -> str:
     """How many runs are in which state."""
     numbers = [(sum(item.state == state for item in found), state) for state in State]
-    return f"{len(found)} runs: " + ", ".join(f"{number} {state}" for number, state in numbers if number)
+    runs = "1 run" if len(found) == 1 else f"{len(found)} runs"
+    return f"{runs}: " + ", ".join(f"{number} {state}" for number, state in numbers if number)
 
 
 def rows(found: Iterable[Status]) -> Iterator[str]:
