@@ -20,7 +20,7 @@ from dptune.privacy.clipping import (
     SensitivityError,
     clip_and_sum,
 )
-from dptune.privacy.rules import SMALLEST_NORM
+from dptune.privacy.rules import CLIPPINGS, SMALLEST_NORM
 
 pytestmark = pytest.mark.numerical
 
@@ -28,7 +28,7 @@ VECTORS = {
     vector["id"]: vector
     for vector in json.loads((Path(__file__).parent / "vectors.json").read_text(encoding="utf-8"))["vectors"]
 }
-KINDS = ("flat", "group", "scaled_flat", "auto_s", "auto_v", "psac")
+KINDS = tuple(CLIPPINGS)
 GROUPS = (
     Group("x", ("x.a", "x.b"), 6 + 2, ((2, 3), (2,))),
     Group("y", ("y",), 5),
@@ -75,8 +75,10 @@ def loop_oracle(rows, groups, kind, thresholds, unit_stds, stability):
                 factor = c / max(norm + stability, SMALLEST_NORM)
             elif kind == "auto_v":
                 factor = c / max(norm, SMALLEST_NORM)
-            else:
+            elif kind == "psac":
                 factor = c / max(norm + stability / (norm + stability), SMALLEST_NORM)
+            else:
+                raise NotImplementedError(f"clipping {kind} has no oracle")
             clipped[i, a:b] = factor * piece
     return clipped
 

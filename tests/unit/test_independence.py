@@ -14,6 +14,7 @@ from dptune.config.schema import AdapterConfig
 from dptune.data.batches import FILLER, Ladder, Shape, collate, example_losses, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
+from dptune.models.layers import model_type_of
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, LoopEngine, moved
 from dptune.privacy.independence import check_independence
@@ -29,7 +30,7 @@ def adapted(backbone: str, dtype: torch.dtype = torch.bfloat16, name: str = "lor
 
 
 def adapt(model: torch.nn.Module, name: str = "lora") -> tuple[torch.nn.Module, Engine]:
-    engine = adapters.engine_of(name, adapters.model_type_of(model))
+    engine = adapters.engine_of(name, model_type_of(model))
     model = adapters.attach(model, AdapterConfig(name=name, virtual_tokens=3), rank=2, steps=10, seed=0)
     return model, ENGINES[engine](model, example_losses)
 

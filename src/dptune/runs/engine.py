@@ -16,6 +16,7 @@ from dptune.data.batches import FILLER, Ladder, Shape, Tensors, collate, example
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import Backbone
+from dptune.models.layers import model_type_of
 from dptune.privacy.engines import ENGINES, checked_engine
 from dptune.privacy.gradients import Engine, EngineError
 from dptune.privacy.independence import Probe, check_independence
@@ -64,7 +65,7 @@ _checked: dict[tuple[object, ...], GradientPath] = {}
 def _candidates(config: Config, model: torch.nn.Module) -> tuple[str, ...]:
     if config.environment.engine != "auto":
         return (config.environment.engine,)
-    architecture = adapters.model_type_of(model)
+    architecture = model_type_of(model)
     best = adapters.engine_of(config.adapter.name, architecture, embeddings=config.adapter.embeddings)
     return tuple(dict.fromkeys((best, "functional", "loop")))
 
