@@ -415,7 +415,7 @@ def test_a_gradient_that_depends_on_its_place_is_found_before_anything_is_spent(
     # Alone in its batch a row has no other place, and the log says why it is.
     assert record.status == "done"
     log = (Path(config.compute.output_root) / record.run_id / "run.log").read_text()
-    assert "not used: engine hooks, 8 row(s) in a batch: the last bits of the gradient of" in log
+    assert "not used: engine hooks, 24 row(s) in a batch: the last bits of the gradient of" in log
 
     class Random(engines.HookEngine):
         def __call__(self, batch):
@@ -532,6 +532,7 @@ def test_an_engine_that_is_wrong_is_found_before_anything_is_spent(
             return losses, {name: 2 * value if ".o_proj." in name else value for name, value in found.items()}
 
     monkeypatch.setitem(engines.ENGINES, "hooks", Doubled)
+    config.environment.engine = "hooks"
     with pytest.raises(ConfigError, match=r"o_proj.* differs from the loop"):
         run.run(config)
     assert not list(Path(config.compute.output_root).glob("*/record.json"))

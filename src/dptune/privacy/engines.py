@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -341,26 +341,38 @@ def checked_engine(name: str, model: torch.nn.Module, loss: LossFunction, batch:
     # Layers that contain others come before them: the last one is what a person can find.
     if astray := [key for key, module in model.named_modules() if module.training and not _own(module)]:
         raise EngineError(f"{astray[-1] or 'the model'} is in training mode, where dropout and batch statistics are on")
-    with moved(parameters):
-        oracle = LoopEngine(model, loss)
-        expected = oracle(batch)[1]
-        # Made after the loop has run, whose backward passes its hooks would take for their own.
-        engine = ENGINES[name](model, loss)
-        found, other = engine(batch)[1], engine(changed)[1]
-    if frozen := [key for key, value in model.named_parameters() if not value.requires_grad and value.grad is not None]:
-        raise EngineError(f"{frozen[0]} is frozen but has a gradient")
-    # Where all gradients of a parameter are small beside the others', they are differences of large numbers.
+    with ExitStack() as undo:
+        with moved(parameters):
+            expected = LoopEngine(model, loss)(batch)[1]
+            # Made after the loop has run, whose backward passes its hooks would take for their own.
+            engine = ENGINES[name](model, loss)
+            undo.callback(engine.close)
+            found, other = engine(batch)[1], engine(changed)[1]
+        if frozen := [key for key, value in model.named_parameters() if _frozen_with_gradient(value)]:
+            raise EngineError(f"{frozen[0]} is frozen but has a gradient")
+        _compare_with_loop(name, model, expected, found, other)
+        undo.pop_all()
+    return engine
+
+
+def _frozen_with_gradient(value: torch.nn.Parameter) -> bool:
+    return not value.requires_grad and value.grad is not None
+
+
+def _compare_with_loop(
+    name: str, model: torch.nn.Module, expected: Gradients, found: Gradients, other: Gradients
+) -> None:
     low = any(value.is_floating_point() and value.itemsize < 4 for value in model.parameters())
     depth = max((len(part) for part in model.modules() if isinstance(part, torch.nn.ModuleList)), default=1)
     tolerance = LOW_PRECISION_TOLERANCE if low else TOLERANCE * max(1.0, depth / LAYERS)
+    # Where all gradients of a parameter are small beside the others', they are differences of large numbers.
     least = 0.1 * max(float(value.abs().max()) for value in expected.values())
-    for key in parameters:
-        size = max(float(expected[key].abs().max()), least)
-        if key not in found or found[key].shape != expected[key].shape:
+    for key, value in expected.items():
+        size = max(float(value.abs().max()), least)
+        if key not in found or found[key].shape != value.shape:
             raise EngineError(f"the engine gives no gradient for each row of {key}; set environment.engine=loop")
         if not float((other[key] - found[key])[:-1].abs().max()) <= TOLERANCE * size:
             rest = "no privacy is possible" if name == "loop" else "set environment.engine=loop"
             raise EngineError(f"the gradient of {key} depends on other records of its batch: {rest}")
-        if not float((found[key] - expected[key]).abs().max()) <= tolerance * size:
+        if not float((found[key] - value).abs().max()) <= tolerance * size:
             raise EngineError(f"the engine's gradient of {key} differs from the loop's; set environment.engine=loop")
-    return engine
