@@ -23,8 +23,7 @@ from dptune import evaluation
 from dptune.config.adapters import ADAPTERS
 from dptune.config.schema import Config
 from dptune.data.encoding import Encoded, encode_examples
-from dptune.data.sources import SOURCES
-from dptune.data.sources import load_dataset as load_data
+from dptune.data.sources import public_examples
 from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
 from dptune.models.state import AdapterState
@@ -374,10 +373,7 @@ def train_adapter(
             ledger.begin(0)
 
     def public_rows() -> list[Encoded]:
-        of_public = SOURCES[config.data.name].public
-        assert of_public is not None  # the config was checked
-        public = load_data(dataclasses.replace(config, data=of_public(config.data)))
-        return encode_examples(public.train, tokenizer, sequence_length, template)
+        return encode_examples(public_examples(config, data), tokenizer, sequence_length, template)
 
     projection = make_projection(
         config,
