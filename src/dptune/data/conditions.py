@@ -1,4 +1,4 @@
-"""Conditions of the data, as `data_sensitivity` names them. What happens to a record depends on it and public values."""
+"""Conditions of the data, as `data_sensitivity` names them. What happens to a record depends on it alone."""
 
 from __future__ import annotations
 

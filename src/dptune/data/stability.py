@@ -37,12 +37,20 @@ class Rule:
 
 def _counts_are_public(config: Config) -> bool:
     """Whether the number of training records is known without counting private ones."""
-    data = config.data
-    return is_public(data) or declared_records(data) is not None
+    return _known(config) or declared_records(config.data) is not None
 
 
 def _task_counts_are_public(config: Config) -> bool:
-    return is_public(config.data) or config.data.declared_task_sizes is not None
+    return _known(config) or config.data.declared_task_sizes is not None
+
+
+def _task_names_are_public(config: Config) -> bool:
+    return _known(config) or config.data.tasks is not None
+
+
+def _known(config: Config) -> bool:
+    """Whether the records are public, or made in a number and of tasks that are."""
+    return is_public(config.data) or config.data.name in EMBEDDED_DATA
 
 
 STABILITY: Mapping[str, Rule] = {
@@ -112,17 +120,13 @@ STABILITY: Mapping[str, Rule] = {
     ),
     "task_imbalance": Rule(
         ("conditions.imbalance",),
-        applies=lambda config: (
-            config.data_sensitivity.task_imbalance != 1 and (config.data.tasks is not None or is_public(config.data))
-        ),
+        applies=lambda config: config.data_sensitivity.task_imbalance != 1 and _task_names_are_public(config),
     ),
     "task_imbalance, tasks unknown": Rule(
         ("conditions.imbalance",),
         records=math.inf,
         users=math.inf,
-        applies=lambda config: (
-            config.data_sensitivity.task_imbalance != 1 and config.data.tasks is None and not is_public(config.data)
-        ),
+        applies=lambda config: config.data_sensitivity.task_imbalance != 1 and not _task_names_are_public(config),
         way_out="data_sensitivity.task_imbalance ranks the tasks that the private records have; name them with "
         "data.tasks=[...]",
     ),
