@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -239,9 +240,9 @@ CONVERSATION = {
 
 def test_one_conversation_changes_its_own_examples_only(tmp_path: Path) -> None:
     rows = [messages(tree, 1 + tree % 4) for tree in range(40)]
-    whole = loaded(tmp_path, ".jsonl", sum(rows, []), CONVERSATION)
+    whole = loaded(tmp_path, ".jsonl", [*chain(*rows)], CONVERSATION)
     for gone in range(40):
-        fewer = loaded(tmp_path, ".jsonl", sum(rows[:gone] + rows[gone + 1 :], []), CONVERSATION)
+        fewer = loaded(tmp_path, ".jsonl", [*chain(*rows[:gone], *rows[gone + 1 :])], CONVERSATION)
         assert {example.user for example in difference(whole.train, fewer.train)} <= {f"m{gone}"}
 
 
