@@ -275,8 +275,10 @@ SKIPPED = [
     (
         "a.csv",
         'instruction,output,split\nq1,yes,train\n"q2,yes,train\nq3,yes,train\nq4",yes\nq5,yes,train\nq6,yes,test\n',
-        "a quoted field begins in line 3",
+        "line 5 ends a quoted field that begins in line 3",
     ),
+    # As many fields as the header has: only the lines tell that a row has swallowed others.
+    ("a.csv", 'instruction,output\nq1,"yes\nq2,yes\nq3,yes\nno"\nq4,yes\n', "line 5 ends a quoted field"),
     ("a.csv", 'instruction,output\nq1,yes\n"q2,yes\nq3,yes\n', "unexpected end of data"),
     ("a.json", '[{"instruction": "q", "output": "yes"}, {"instr', "not readable after it"),
 ]
@@ -320,6 +322,16 @@ def test_a_user_in_two_splits_is_not_skipped(tmp_path: Path) -> None:
 )
 def test_a_user_has_one_name_however_it_is_written(spellings: list[Any], name: str | None) -> None:
     assert {user_name(spelling) for spelling in spellings} == {name}
+
+
+def test_a_user_of_several_fields_has_one_name_too(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "q", "output": "yes", "split": "train", "a": a, "b": b}
+        for a, b in [(7, "x"), (7.0, "x "), ("7", "x"), (math.nan, "x"), (7, "")]
+    ]
+    wanted = private(write(tmp_path / "rows.jsonl", rows), data__columns__user="={a}/{b}")
+    users = Counter(example.user for example in load_dataset(wanted).train if example.instruction == "q")
+    assert users == {"7/x": 3, None: 2}
 
 
 @given(st.text(max_size=8) | st.integers() | st.floats() | st.none() | st.booleans())

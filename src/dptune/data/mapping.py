@@ -83,7 +83,7 @@ class ColumnMapping:
         options = self._options_of(row)
         output = self._output(row, options)
         body = _text(row, columns.input, "input") or ""
-        user = user_name(_value(row, columns.user))
+        user = _user(row, columns.user)
         return Example(
             # Task, instruction and user are the same for many records: keep one text of each.
             task=sys.intern(_text(row, columns.task, "task") or "instructions"),
@@ -187,6 +187,15 @@ def _value(row: Row, column: str) -> Any:
         return str(value)
 
     return _HOLE.sub(fill, column[1:]) or None
+
+
+def _user(row: Row, column: str) -> str | None:
+    """Name of the user; of a text with fields, each field is a name, and nobody if one of them is."""
+    value = _value(row, column)
+    if column.startswith("="):
+        parts = {name: user_name(row.get(name)) for name in _HOLE.findall(column)}
+        value = None if None in parts.values() else _HOLE.sub(lambda hole: str(parts[hole[1]]), column[1:])
+    return user_name(value)
 
 
 def _text(row: Row, column: str, role: str) -> str | None:

@@ -77,7 +77,9 @@ def _files(data: DataConfig) -> Iterator[Part]:
         # A folder may have one file a split: train.jsonl, test.jsonl.
         stem = file.name.partition(".")[0]
         split = stem if len(known) > 1 and stem in split_names(data) else None
-        yield Part(str(file), split, READERS[_kind(file)](file))
+        kind = _kind(file)
+        by_line = {"by_line": True} if kind in (".csv", ".tsv") and data.on_bad == "skip" else {}
+        yield Part(str(file), split, READERS[kind](file, **by_line))
 
 
 def _kind(path: Path) -> str:
@@ -161,8 +163,12 @@ def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def _csv(path: Path) -> Items:
-    """A header and rows of as many fields; an empty cell is the empty text."""
+def _csv(path: Path, *, by_line: bool = False) -> Items:
+    """A header and rows of as many fields; an empty cell is the empty text.
+
+    With `by_line` no row may run over lines: where bad rows are left out, a stray quote would decide on the rows up to
+    the next quote, of whomever they are.
+    """
     faults: list[Fault] = []
 
     def lines() -> Iterator[str]:
@@ -182,11 +188,11 @@ def _csv(path: Path) -> Items:
         before = reader.line_num
         for values in reader:
             place, first, before = f"line {reader.line_num}", before + 1, reader.line_num
+            if by_line and before > first:
+                yield Fault(f"{place} ends a quoted field that begins in line {first}; write JSON lines", stops=True)
+                return
             if values and len(values) != len(header):
-                # With a stray quote, one row swallows the rows up to the next quote, of whomever they are.
-                swallowed = f"; a quoted field begins in line {first}" if before > first else ""
-                number = f"{len(values)} fields but the header has {len(header)}"
-                yield Fault(f"{place} has {number}{swallowed}", stops=bool(swallowed))
+                yield Fault(f"{place} has {len(values)} fields but the header has {len(header)}")
             elif values:
                 yield place, dict(zip(header, values, strict=True))
     except csv.Error as error:
@@ -211,7 +217,7 @@ def _parquet(path: Path) -> Items:
         yield Fault(f"not readable after row {number} ({_one_line(error)})", stops=True)
 
 
-READERS: dict[str, Callable[[Path], Items]] = {
+READERS: dict[str, Callable[..., Items]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

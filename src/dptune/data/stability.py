@@ -72,7 +72,7 @@ STABILITY: Mapping[str, Rule] = {
     "columns, split by a hash": Rule(
         (
             *("mapping.BadRecord", "mapping.user_name", "mapping.ColumnMapping", "mapping._shared", "mapping._value"),
-            *("mapping._text", "mapping._names", "sources._mapped"),
+            *("mapping._user", "mapping._text", "mapping._names", "sources._mapped"),
         ),
     ),
     "bad and long records": Rule(("sources._checked", "sources.Skipped", "templates.token_counter")),
