@@ -173,7 +173,7 @@ def test_users_are_asked_of_data_that_has_them(config: Config, tmp_path: Path) -
     path = tmp_path / "plain.jsonl"
     row = {"instruction": "say", "output": "yes"}
     path.write_text("".join(json.dumps({**row, "split": split}) + "\n" for split in ["train"] * 50 + ["test"] * 5))
-    config.data.name, config.data.path = "jsonl", str(path)
+    config.data.name, config.data.path, config.data.train_size = "jsonl", str(path), None
     config.privacy.unit, config.privacy.examples_per_user = "user_els", 2
     with pytest.raises(ConfigError, match="author of every training record"):
         run.run(config)

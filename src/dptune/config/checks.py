@@ -211,6 +211,16 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"privacy.projection=public needs public data, which only data={', '.join(EMBEDDED_DATA)} has; use history"
         )
+    if privacy.projection == "public" and data.organisation == "dev":
+        raise ConfigError(
+            "privacy.projection=public takes its gradients from the support desk's dev, which data.organisation=dev "
+            "protects: public data must be other data; set data.organisation=private, or use history"
+        )
+    if privacy.unit != "example" and data.layout == "messages" and data.columns.user != "message_tree_id":
+        raise ConfigError(
+            f"privacy.unit={privacy.unit} with data.layout=messages: an example has the words of two users, and one of "
+            "them would not be protected; set data.columns.user=message_tree_id, so that a conversation is the unit"
+        )
     if privacy.projection != "none" and (
         config.environment.optimizer == "dp_adam_bc" or config.environment.shrinkage != "none"
     ):
@@ -295,7 +305,7 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_score(config: Config) -> None:
     """Raises ConfigError where the proof for the score does not hold (SPECIFICATION.md 8.2)."""
-    privacy, data = config.privacy, config.data
+    privacy = config.privacy
     given = f"privacy.score_noise_multiplier={privacy.score_noise_multiplier:g}"
     if not privacy.enabled:
         raise ConfigError(f"{given} with privacy=none: a non-private run cannot be chosen privately; leave it out")
@@ -303,11 +313,6 @@ def _check_score(config: Config) -> None:
         raise ConfigError(
             f"{given} with privacy.unit={privacy.unit}: one user may change many answers; set privacy.unit=example, "
             "or leave the score out"
-        )
-    if data.on_bad == "skip" and (data.split_by == "user" or data.columns.id is not None):
-        raise ConfigError(
-            f"{given} with data.on_bad=skip: whether a record is kept may depend on others of its user or id; "
-            "set data.on_bad=error"
         )
 
 
@@ -328,3 +333,10 @@ def _check_data(data: DataConfig) -> None:
             raise ConfigError("data.task_weights must have one number for each of data.tasks; give both or neither")
         if not all(0 < weight < math.inf for weight in data.task_weights):
             raise ConfigError("data.task_weights must be above 0 and finite; leave a task out with data.tasks")
+    if data.declared_task_sizes is not None:
+        if len(data.declared_task_sizes) != len(data.tasks or ()) or min(data.declared_task_sizes) < 1:
+            raise ConfigError(
+                "data.declared_task_sizes must have one number of at least 1 for each of data.tasks; give both or none"
+            )
+        if data.declared_size is not None:
+            raise ConfigError("data.declared_size is the sum of data.declared_task_sizes; leave one of them out")

@@ -197,7 +197,8 @@ class DataConfig:
     """Options of every record that has none of its own."""
     layout: str = _one_of("records", "messages")
     """`records`: a row is an example. `messages`: a row is a message of a conversation tree, as in oasst1, and each
-    reply of an assistant is an example. Its user is the author of the reply, not of the message before it."""
+    reply of an assistant is an example. Two people wrote it, so that a user-level unit must be the whole conversation:
+    `data.columns.user=message_tree_id`."""
     splits: list[str] | None = None
     """Pairs `source:ours` from the source's names of splits to `train`, `validation`, `test`, or `hash` to split them
     here, as in `[train:train, dev:test]`; what is not named is left out. Null: the source's names are ours."""
@@ -212,7 +213,15 @@ class DataConfig:
     seed: int = _number(0, least=0)
     """Seed of the generated records, of subsets and of conditions; not of training."""
     train_size: int | None = _number(4000, least=1)
-    """Number of training records kept (null: all). It is treated as public, and it bounds the memory of reading."""
+    """Number of training records kept (null: all), on average: of n, each is kept with probability `train_size` / n by
+    a hash of its content. n is the number that is counted in public data, else `declared_size`."""
+    declared_size: int | None = _number(None, least=1)
+    """Public number of training records of the source, stated by you before reading it and not counted; the plan's N
+    follows from it and not from the file. Null: N is counted, and is treated as public."""
+    declared_task_sizes: list[int] | None = None
+    """The same for each of `tasks`, in their order: what `task_weights` need on private data."""
+    declared_users: int | None = _number(None, least=1)
+    """Public number of training users, stated by you: the plan's N with `privacy.unit=user_uls`."""
     validation_size: int | None = _number(400, least=1)
     """Number of validation records kept (null: all)."""
     test_size: int | None = _number(800, least=1)
@@ -220,15 +229,16 @@ class DataConfig:
     tasks: list[str] | None = None
     """Keep these tasks only (null: all)."""
     task_weights: list[float] | None = None
-    """Proportions among the training records of `tasks`, in their order: training records are left out until they hold.
-    Names and numbers of records of the tasks are treated as public. Null: as they are."""
+    """Proportions among the training records of `tasks`, in their order: training records are left out until they hold
+    on average, each by a hash of its content. Private data needs `declared_task_sizes`. Null: as they are."""
     template: str = _one_of("plain", "chat")
     """Prompt: one plain form for all backbones, or the chat template of the backbone's tokenizer."""
     on_long: str = _one_of("truncate", "error")
     """A record with more than `environment.sequence_length` tokens is cut by a public rule, or is a bad record."""
     on_bad: str = _one_of("error", "skip")
-    """A bad record stops the run with its file, line and field, or is left out and listed for the person at the
-    terminal. The list is not paid for by any epsilon: it must not be published."""
+    """A record that is bad by itself stops the run with its file, line and field, or is left out and listed for the
+    person at the terminal. What is listed is not private: it must not be published. What is wrong with several records
+    together, or with the rest of a file, stops the run in any case."""
 
 
 @dataclass
@@ -296,28 +306,29 @@ class DataSensitivityConfig:
     """Conditions of the data.
 
     `unseen_instructions` and what begins with `test_` change the test split only, all others the training split only.
-    What happens to a record depends on it and on `data.seed` alone (under `train_fraction` on its place too).
+    What happens to a record depends on it, on `data.seed` and on public names of tasks alone.
     """
 
     name: str = "clean"
     """Label of the condition."""
     train_fraction: float = _number(1.0, above=0, most=1)
-    """Share of the training records that is kept."""
+    """Share of the training records that is kept, on average, by a hash of their content."""
     label_noise: float = _number(0.0, least=0, most=1)
     """Share of the training records with options whose answer is replaced by another option."""
     class_imbalance: float = _number(1.0, least=1)
     """Of records with options: how much more often the most frequent answer is kept than the rarest. The shares between
     fall exponentially (arXiv:1901.05555)."""
     task_imbalance: float = _number(1.0, least=1)
-    """How much more often records of the most frequent task are kept than of the rarest, in the same way."""
+    """How much more often records of the most frequent task are kept than of the rarest, in the same way. Private data
+    needs `data.tasks`, the names of the tasks in public."""
     user_tail: float = _number(0.0, least=0)
     """Exponent s of a long tail of users: a tenth of them keep all their records, the user at share u > 0.1 of a public
     random order keeps each with probability (0.1 / u)^s."""
     instruction_perturbation: float = _number(0.0, least=0, most=1)
     """Share of the training records whose instruction has a typo, other case, other order or a synonym."""
     duplicates: float = _number(0.0, least=0, most=1)
-    """Share of the training records that occur twice. The guarantee is for one copy: a person whose record
-    occurs twice is two examples, and needs the user as the unit of privacy."""
+    """Share of the training records that occur twice. The guarantee is for a record with its copy, which costs more
+    than for one row (SPECIFICATION.md 7.5)."""
     unseen_instructions: float = _number(0.0, least=0, most=1)
     """Share of the test records whose instruction has a wording that no training record has."""
     test_class_shift: float = _number(1.0, least=1)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dptune.config.schema import Config, ConfigError, noise_mode
 from dptune.data.sources import Dataset
+from dptune.data.stability import declared_units, stability_of
 from dptune.privacy.accounting import Reported, calibrate, epsilon_text
 from dptune.privacy.accounting import epsilon as accountant
 from dptune.privacy.events import Event
@@ -33,11 +34,17 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             f"privacy.unit={privacy.unit} needs the author of every training record; "
             "map it with data.columns.user or set privacy.unit=example"
         )
-    num_units = len(users) if privacy.unit == "user_uls" else len(data.train)
+    counted = len(users) if privacy.unit == "user_uls" else len(data.train)
+    stability, declared = stability_of(config), declared_units(config)
+    num_units = counted if declared is None else declared
+    rows = stability.rows if privacy.unit == "example" else 1
     try:
         if not privacy.enabled:
             return PrivacyPlan.non_private(
-                num_units=num_units, expected_batch_size=hyper.expected_batch_size, steps=hyper.steps
+                num_units=num_units,
+                expected_batch_size=hyper.expected_batch_size,
+                steps=hyper.steps,
+                size_declared=declared is not None,
             )
         plan = PrivacyPlan(
             num_units=num_units,
@@ -66,8 +73,10 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             schedule=Schedule(kind=privacy.schedule, ratio=privacy.schedule_ratio),
             one_shot=()
             if privacy.projection != "private"
-            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or 1),),
+            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or rows),),
             noise_mode=mode,
+            rows_per_record=rows,
+            size_declared=declared is not None,
         )
         if privacy.target_epsilon is not None and plan.events():
             plan = calibrated(plan, privacy.target_epsilon)

@@ -9,8 +9,7 @@ from typing import Any
 
 from dptune.config.schema import Config
 from dptune.data.encoding import Encoded, encode_examples
-from dptune.data.sources import SOURCES
-from dptune.data.sources import load_dataset as load_data
+from dptune.data.sources import public_examples
 from dptune.models import adapters
 from dptune.models.state import AdapterState
 from dptune.privacy.accounting import epsilon_text
@@ -137,11 +136,9 @@ class AdapterTraining:
     def _public_rows(self) -> list[Encoded]:
         """The encoded records of public data that belong to the source."""
         config = self.config
-        of_public = SOURCES[config.data.name].public
-        assert of_public is not None  # the config was checked
-        public = load_data(dataclasses.replace(config, data=of_public(config.data)))
+        public = public_examples(config, self.setup.data)
         tokenizer = self.setup.backbone.tokenizer
-        return encode_examples(public.train, tokenizer, config.environment.sequence_length, config.data.template)
+        return encode_examples(public, tokenizer, config.environment.sequence_length, config.data.template)
 
     def _before_step(self, step: int) -> None:
         if self.folder is not None:
