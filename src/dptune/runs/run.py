@@ -49,6 +49,7 @@ from dptune.records.record import (
     RunRecord,
     read,
 )
+from dptune.runs.booking import book_run
 from dptune.runs.privacy import describe, epsilon_marks, privacy_of, score_epsilon, spent
 from dptune.runs.provenance import peak_memory_mb, provenance
 from dptune.runs.setup import Setup, load_backbone, make_engine, set_up, training_format, training_rows
@@ -107,6 +108,7 @@ def run_as_first_rank(config: Config, overrides: Sequence[str], ranks: Ranks, sa
     if (other := holder(folder)) is not None:
         raise BlockingIOError(f"run {identity} is being done by {other}")
     setup = set_up(config, identity)
+    book_run(config, setup, folder / LEDGER_FILE, folder / CHECKPOINT_FOLDER)
     with locked(folder) as lock:
         if lock is None:
             raise BlockingIOError(f"run {identity} is being done by another process")
