@@ -80,7 +80,7 @@ def test_a_run_that_would_exceed_the_budget_is_refused_in_one_line_before_anythi
     left = accounts_of()[0].left_text(4.0)
     with pytest.raises(ConfigError) as caught:
         spend(config, "second", sigma=0.8)
-    assert str(caught.value).startswith("privacy.budget: run second would take epsilon ")
+    assert str(caught.value).startswith("privacy.budget: run second would add epsilon ")
     assert f"{left} of 4 is left after 1 runs, at delta 0.0001 and unit example" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == ["first"]

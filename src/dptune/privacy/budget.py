@@ -183,7 +183,7 @@ class Account:
         takes = spending.at(self.order) if self.private else spending.epsilon
         bound = f" (the account's limit is {limit:g})" if limit != named else ""
         raise BudgetError(
-            f"run {run} would take epsilon {epsilon_text(takes)} of {self.label}{bound}, and "
+            f"run {run} would add epsilon {epsilon_text(takes)} to what {self.label} has spent{bound}, and "
             f"{self.left_text(limit)} of {limit:g} is left after {len(self.private)} runs, at delta {self.delta:g} and "
             f"unit {self.unit}; take more noise, fewer steps or a smaller batch (`dptune budget` shows the account)"
         )

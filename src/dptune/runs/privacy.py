@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -78,11 +77,6 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             plan = calibrated(plan, privacy.target_epsilon)
         if privacy.score_noise_multiplier is not None:
             check_score(privacy.score_noise_multiplier, privacy.target_epsilon, plan, len(data.validation))
-        if not math.isfinite(plan.epsilon()):
-            raise ConfigError(
-                f"no finite epsilon at privacy.delta={plan.delta:g}: the noise is too small for these steps and users; "
-                "raise privacy.noise_multiplier, or give a privacy.target_epsilon"
-            )
         return plan
     except PlanError as error:
         raise ConfigError(str(error)) from None
