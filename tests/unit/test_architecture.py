@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "privacy": set(),
     "config": {"privacy"},
     "records": {"config"},
-    "identity": {"config"},
+    "identity": {"config", "records"},
     "data": {"config", "identity"},
     "models": {"config", "data", "identity", "records"},
     "evaluation": {"config", "data", "records"},
@@ -32,7 +32,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {"config", "records", "runs", "sweeps", "report"},
 }
-LIGHT = ["config", "identity", "records", "sweeps", "runs.privacy", "runs.watch", "report", "installation"]
+LIGHT = [
+    "config",
+    "identity",
+    "records",
+    "sweeps",
+    "runs.privacy",
+    "runs.budget",
+    "runs.watch",
+    "report",
+    "installation",
+]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
 CHOICES = {"dptune.privacy.rules"} | {
     f"dptune.privacy.rules.{name}"
