@@ -28,6 +28,7 @@ def run_id(config: Config) -> str:
     keyed by `local_key`, so that a published id tells nothing about the file.
     """
     identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
+    del identity["privacy"]["budget"]  # It decides whether a run may be done, and none of its numbers.
     if config.privacy.score_noise_multiplier is None:
         del identity["privacy"]["score_noise_multiplier"]  # Runs from before it keep their names.
     for name in ("declared_size", "declared_task_sizes", "declared_users"):
@@ -73,9 +74,17 @@ def keep_local_key(config: Config) -> bool:
     Returns:
         Whether another process was faster, so that names that this one has given already no longer hold.
     """
-    output_root = Path(config.compute.output_root)
+    return not is_public(config.data) and keep_key(Path(config.compute.output_root))
+
+
+def keep_key(output_root: Path) -> bool:
+    """Write the key of a folder, unless it has one.
+
+    Returns:
+        Whether another process was faster.
+    """
     path = output_root / KEY_FILE
-    if is_public(config.data) or path.exists():
+    if path.exists():
         return False
     return not write_once(path, _new_key(output_root.absolute()))
 

@@ -23,6 +23,7 @@ from omegaconf.errors import (
 
 from dptune.config.adapters import ADAPTERS
 from dptune.config.files import data_files
+from dptune.config.ranges import OF_INTEGERS, OF_NUMBERS, RANGES, SMALLEST_STABILITY
 from dptune.config.schema import (
     EMBEDDED,
     EMBEDDED_DATA,
@@ -33,6 +34,7 @@ from dptune.config.schema import (
     DataConfig,
     EnvironmentConfig,
     ModelConfig,
+    is_public,
 )
 
 
@@ -115,6 +117,10 @@ def _errors_for_people(name: str | None = None) -> Iterator[None]:
         raise ConfigError(unknown_key(name or str(error.full_key))) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name or error.full_key}: {_first_line(error)}") from None
+    except OverflowError as error:  # An integer of hundreds of digits where a number is wanted.
+        where = re.search(r"full_key: (\S+)", str(error))
+        key = name or (where[1] if where else "the config")
+        raise ConfigError(f"{key}: the number is too large; take one below {OF_NUMBERS.most:g}") from None
 
 
 def _checked(config: Config) -> Config:
@@ -164,6 +170,8 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 def _check_fields(config: Config) -> None:
     for name, item, value in _leaves(config):
         rules = item.metadata
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_size(name, value)
         if value is None or not rules:
             continue
         choices = rules.get("choices")
@@ -173,6 +181,19 @@ def _check_fields(config: Config) -> None:
             raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
         if choices is None:
             _check_bounds(name, value, rules)
+            _check_range(name, value)
+
+
+def _check_size(name: str, value: float) -> None:
+    """What is too large to be compared, or to be written in a message."""
+    if isinstance(value, int) and abs(value) > 2**63:
+        raise ConfigError(f"{name}: an integer of {len(str(abs(value)))} digits is too large; take one below 2**63")
+
+
+def _check_range(name: str, value: float) -> None:
+    fitting = RANGES.get(name, OF_INTEGERS if isinstance(value, int) else OF_NUMBERS)
+    if not fitting.least <= value <= fitting.most:
+        raise ConfigError(f"{name}={value:g} must lie between {fitting.least:g} and {fitting.most:g}: {fitting.why}")
 
 
 def _check_bounds(name: str, value: float, bounds: Mapping[str, float]) -> None:
@@ -198,6 +219,11 @@ def _check_together(config: Config) -> None:
                     f"privacy.{name}={getattr(privacy, name):g} with privacy=none: a non-private run has no epsilon; "
                     f"take another privacy=... or leave privacy.{name} out"
                 )
+        if privacy.budget is not None:
+            raise ConfigError(
+                f"privacy.budget={privacy.budget:g} with privacy=none: a non-private run has no epsilon that a budget "
+                "could hold; leave it out"
+            )
     elif (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
         raise ConfigError(
             "give exactly one of privacy.target_epsilon and privacy.noise_multiplier (set the other to null)"
@@ -238,6 +264,17 @@ def _check_together(config: Config) -> None:
         )
     if privacy.score_noise_multiplier is not None:
         _check_score(config)
+    if privacy.budget is not None and is_public(data):
+        raise ConfigError(
+            f"privacy.budget={privacy.budget:g}: public data have no budget and are not booked; leave it out"
+        )
+    least = SMALLEST_STABILITY * hyper.max_grad_norm
+    if privacy.enabled and privacy.clipping in ("auto_s", "psac") and privacy.clipping_stability < least:
+        raise ConfigError(
+            f"privacy.clipping_stability={privacy.clipping_stability:g} with privacy.clipping={privacy.clipping} would "
+            f"let rounding count for a gradient; take at least {least:g}, {SMALLEST_STABILITY:g} of "
+            "hyperparameter.max_grad_norm"
+        )
     check_adapter(config.adapter, config.environment)
     _check_data(data)
     _check_model(config.model)

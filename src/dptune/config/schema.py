@@ -102,6 +102,10 @@ class PrivacyConfig:
     """Instead of a target epsilon: noise standard deviation over sensitivity, as is."""
     delta: float = _number(1e-5, above=0, below=1)
     """Fixed before training; must be below one over the number of protected units."""
+    budget: float | None = _number(None, above=0)
+    """Most epsilon, at `delta`, of all runs on the same private data together, on this machine (SPECIFICATION.md 8.3).
+    A run that would exceed it is refused. Null: this run names no limit; what it costs is booked all the same.
+    `dptune budget` shows the account."""
     examples_per_user: int | None = _number(None, least=1)
     """User-level only: ELS keeps at most this many examples of a user, ULS averages at most this many."""
     clipping: str = _one_of(*CLIPPINGS, default="scaled_flat")

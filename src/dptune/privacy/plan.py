@@ -231,7 +231,7 @@ class PrivacyPlan:
         if not smallest <= self.noise_multiplier <= largest:
             raise PlanError(
                 f"noise_multiplier must lie in [{smallest:g}, {largest:g}], not {self.noise_multiplier};"
-                " without privacy use PrivacyPlan.non_private"
+                " for a run without protection use privacy=none"
             )
         _within("max_grad_norm", self.max_grad_norm, 0, math.inf)
         if self.one_shot and self.unit == "user_uls":

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -112,7 +116,28 @@ def score_epsilon(noise_multiplier: float, delta: float) -> float:
 @functools.lru_cache(maxsize=256)
 def calibrated(plan: PrivacyPlan, target_epsilon: float) -> PrivacyPlan:
     """The plan with the least noise that keeps the target; the runs of a sweep share the search."""
-    return plan.calibrate(target_epsilon)
+    with said_if_slow(f"calibrating the noise of {plan.steps:,} steps to epsilon {target_epsilon:g}"):
+        return plan.calibrate(target_epsilon)
+
+
+PATIENCE = 2.0
+"""Seconds that accounting may take in silence."""
+
+
+@contextmanager
+def said_if_slow(what: str) -> Iterator[None]:
+    """Say on standard error what is being computed, should it take longer than `PATIENCE`. What is said is public."""
+
+    def say() -> None:
+        print(f"dptune: {what}; this may take some minutes", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def privacy_of(
@@ -141,14 +166,16 @@ def privacy_of(
 @functools.lru_cache(maxsize=256)
 def side_by_side(plan: PrivacyPlan) -> dict[str, Reported]:
     """Epsilon by every accountant; runs that differ in their seed share it."""
-    return plan.side_by_side()
+    with said_if_slow(f"accounting for {plan.steps:,} steps by every accountant"):
+        return plan.side_by_side()
 
 
 @functools.lru_cache(maxsize=256)
 def epsilon_marks(plan: PrivacyPlan) -> dict[int, float | None]:
     """Epsilon after about every tenth of the steps, None without privacy; all of it depends on the plan alone."""
     marks = np.unique(np.linspace(0, plan.steps, 11)[1:].round().astype(int))
-    return {int(step): plan.epsilon(int(step)) if plan.private else None for step in marks}
+    with said_if_slow(f"accounting for every tenth of {plan.steps:,} steps"):
+        return {int(step): plan.epsilon(int(step)) if plan.private else None for step in marks}
 
 
 def spent(privacy: Privacy) -> str:

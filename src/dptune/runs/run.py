@@ -34,6 +34,7 @@ from dptune.records.record import (
     RunRecord,
     read,
 )
+from dptune.runs.booking import book_run
 from dptune.runs.folder import CHECKPOINT_FOLDER, Report, RunFolder, Steps, log_traceback
 from dptune.runs.privacy import describe, privacy_of, score_epsilon, spent
 from dptune.runs.provenance import peak_memory_mb, provenance
@@ -84,6 +85,7 @@ def run_as_first_rank(config: Config, overrides: Sequence[str], ranks: Ranks, sa
     if (other := holder(folder)) is not None:
         raise BlockingIOError(f"run {identity} is being done by {other}")
     setup = set_up(config, identity)
+    book_run(config, setup, folder / LEDGER_FILE, folder / CHECKPOINT_FOLDER)
     with locked(folder) as lock:
         if lock is None:
             raise BlockingIOError(f"run {identity} is being done by another process")
