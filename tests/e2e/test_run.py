@@ -25,6 +25,7 @@ from dptune.data.sources import Dataset, load_dataset
 from dptune.evaluation import evaluate, metrics_of
 from dptune.identity import run_id
 from dptune.models import adapters, backbones
+from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.plan import PrivacyPlan
 from dptune.records import record as records
 from dptune.runs import privacy as guarantee
@@ -279,13 +280,14 @@ def test_offline_files_of_private_data_tell_no_time_and_no_test_metric(config: C
     config.data.name, config.data.path, config.data.train_size = "jsonl", str(path), None
     config.tracking.name, config.compute.checkpoint_every = "wandb_offline", 1
 
-    class Slow(WriteAheadLedger):
-        def begin(self, step: int, state: str = "") -> None:
-            time.sleep(0.3 * step)
-            super().begin(step, state)
+    begin = WriteAheadLedger.begin
+
+    def slow(ledger: WriteAheadLedger, step: int, state: str = "") -> None:
+        time.sleep(0.3 * step)
+        begin(ledger, step, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "WriteAheadLedger", Slow)
+        patch.setattr(WriteAheadLedger, "begin", slow)
         record = run.run(config)
     assert record.status == "done", record.error
     (found,) = (Path(config.compute.output_root) / record.run_id).glob("wandb/offline-run-*/run-*.wandb")

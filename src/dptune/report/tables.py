@@ -534,6 +534,16 @@ def flag_notes(settings: Sequence[Setting]) -> list[str]:
         lines.append(f"(p) {FLAGS['p']}")
     if any(not item.value("privacy.stand_in") for item in private):
         lines.append("“withheld”: times and memory of runs on private data depend on the batches that were drawn.")
+    judged = {
+        int(count)
+        for item in settings
+        if not item.value("privacy.stand_in")
+        for count in item.values("metrics.n")
+        if count is not None
+    }
+    if judged:
+        counts = " or ".join(f"{count:,}" for count in sorted(judged))
+        lines.append(f"Test split of private data: no guarantee for its {counts} records, whose metrics are exact.")
     if any((times or 0) > 1 for item in private for times in item.values("privacy.attempts")):
         lines.append("Some runs were begun more than once; ε is for one transcript of each (their ledgers list all).")
     return lines

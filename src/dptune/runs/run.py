@@ -143,7 +143,7 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         skipped = "".join(f"{line}\n" for line in setup.data.skipped.messages)
         write_atomically(folder.path / SKIPPED_FILE, skipped)
     if not setup.data.public:
-        folder.say(uncovered_test(config, setup.data))
+        folder.log(uncovered_test(config, setup.data))
     tracker = tracking.start(config.tracking, record, folder.path)
     try:
         measure_and_train(config, setup, record, folder, tracker, ranks, start, begin)
