@@ -6,6 +6,7 @@ import pytest
 
 from dptune.privacy.ledger import LedgerError, WriteAheadLedger
 from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.rules import NoiseMode
 from dptune.privacy.streams import KeyRing
 
 PLAN = PrivacyPlan(
@@ -140,31 +141,46 @@ def test_a_secure_run_goes_on_from_its_last_checkpoint_only(tmp_path: Path) -> N
     path = tmp_path / "ledger.jsonl"
     secure = replace(PLAN, noise_mode="secure")
     ledger = WriteAheadLedger(path, secure, KeyRing.secure("run"), "data")
+    positions = []
     for step in range(3):
         ledger.begin(step)
+        positions.append(ledger.position)
         if step < 2:
             ledger.seen(step + 1)
             ledger.seen(step + 1)
     assert sum("checkpoint" in row for row in ledger.rows) == 2 and ledger.attempts == 1
     later = WriteAheadLedger(path, secure, KeyRing.secure("run"), "data")
-    later.check_start(2)
-    later.check_start(3)  # It died before it could say that there is this checkpoint.
-    for step, reason in ((1, "of step 1, but step 2 was reached"), (4, "of step 4, but ledger.jsonl lacks step 3")):
-        with pytest.raises(LedgerError, match=reason):
-            later.check_start(step)
-    later.begin(0)  # Another attempt begins.
-    with pytest.raises(LedgerError, match="lacks step 1"):
-        later.check_start(2)
+    assert later.position == ledger.position
+    later.check_start(2, positions[1])
+    later.check_start(3, positions[2])  # It died before it could say that there is this checkpoint.
+    with pytest.raises(LedgerError, match="of step 1, but step 2 was reached"):
+        later.check_start(1, positions[0])
+    later.begin(2)
+    later.check_start(2, positions[1])
+    later.begin(0)
+    with pytest.raises(LedgerError, match="another attempt was begun"):
+        later.check_start(2, positions[1])
 
 
-def test_a_ledger_that_was_removed_stops_what_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="lacks step 0"):
-        WriteAheadLedger(tmp_path / "ledger.jsonl", PLAN, KEYS, "data").check_start(2)
+@pytest.mark.parametrize("lost", ["all", "first", "last", "changed"])
+@pytest.mark.parametrize("mode", ["secure", "reproducible"])
+def test_a_ledger_that_lost_a_row_stops_what_goes_on(tmp_path: Path, mode: NoiseMode, lost: str) -> None:
+    path, plan = tmp_path / "ledger.jsonl", replace(PLAN, noise_mode=mode)
+    keys = KEYS if mode == "reproducible" else KeyRing.secure("run")
+    ledger = WriteAheadLedger(path, plan, keys, "data")
+    for step in range(3):
+        ledger.begin(step)
+    lines = path.read_text().splitlines(keepends=True)
+    changed = [line.replace('"noise_multiplier": 1.0', '"noise_multiplier": 2.0') for line in lines]
+    path.write_text("".join({"all": [], "first": lines[1:], "last": lines[:-1], "changed": changed}[lost]))
+    with pytest.raises(LedgerError, match="lacks rows"):
+        WriteAheadLedger(path, plan, keys, "data").check_start(3, ledger.position)
 
 
 def test_with_the_same_keys_any_checkpoint_will_do(tmp_path: Path) -> None:
     ledger = WriteAheadLedger(tmp_path / "ledger.jsonl", PLAN, KEYS, "data")
-    for step in range(3):
-        ledger.begin(step)
-    ledger.seen(3)
-    WriteAheadLedger(tmp_path / "ledger.jsonl", PLAN, KEYS, "data").check_start(1)
+    ledger.begin(0)
+    position = ledger.position
+    ledger.begin(1)
+    ledger.seen(2)
+    WriteAheadLedger(tmp_path / "ledger.jsonl", PLAN, KEYS, "data").check_start(1, position)

@@ -34,7 +34,7 @@ def state() -> dict[str, Any]:
 
 
 def made(step: int = 3) -> Checkpoint:
-    return Checkpoint(step, 1.25, [{"step": step, "loss": None, "std": 0.1 + 0.2}], state())
+    return Checkpoint(step, 1.25, [{"step": step, "loss": None, "std": 0.1 + 0.2}], state(), "2 rows")
 
 
 def assert_equal(one: Any, two: Any) -> None:
@@ -56,7 +56,12 @@ def test_it_is_loaded_bit_by_bit(tmp_path: Path) -> None:
     saved = made()
     save(tmp_path / "checkpoint", saved, STAMP, KEY)
     found = load_checkpoint(tmp_path / "checkpoint", STAMP, KEY)
-    assert found is not None and (found.step, found.seconds, found.history) == (3, 1.25, saved.history)
+    assert found is not None and (found.step, found.seconds, found.history, found.ledger) == (
+        3,
+        1.25,
+        saved.history,
+        "2 rows",
+    )
     assert_equal(found.state, saved.state)
 
 
@@ -125,11 +130,12 @@ def changed(content: dict[str, Any], name: str) -> dict[str, Any]:
         "stamp": {**STAMP, "attempt": "1"},
         "state": {**content["state"], "mechanism": {"thresholds": [], "name": "x"}},
         "tensors": {**content["tensors"], "hash": "0" * 64},
+        "ledger": "0 rows",
     }
     return {**content, name: values[name]}
 
 
-@pytest.mark.parametrize("name", ["step", "seconds", "history", "stamp", "state", "tensors"])
+@pytest.mark.parametrize("name", ["step", "seconds", "history", "stamp", "state", "tensors", "ledger"])
 def test_nothing_of_a_checkpoint_can_be_changed_without_the_key(tmp_path: Path, name: str) -> None:
     save(tmp_path, made(6), STAMP, KEY)
     path = tmp_path / "checkpoint.json"

@@ -8,6 +8,7 @@ refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -50,9 +51,15 @@ class WriteAheadLedger:
         content = path.read_bytes() if path.exists() else b""
         if torn := len(content) - (content.rfind(b"\n") + 1):
             os.truncate(path, len(content) - torn)
+        self.rows: list[dict[str, Any]] = []
+        self._by_key: dict[str, dict[str, Any]] = {}
+        self._marks: set[tuple[int, str]] = set()
+        """Checkpoints since step 0 was last begun."""
+        self._hashes = [b""]
+        """Hash of the first 0, 1, 2, ... rows."""
         try:
-            self.rows: list[dict[str, Any]] = [json.loads(line) for line in content[: len(content) - torn].splitlines()]
-            self._by_key = {row["noise_key"]: row for row in self.rows if CHECKPOINT not in row}
+            for line in content[: len(content) - torn].splitlines():
+                self._note(json.loads(line))
         except (ValueError, KeyError, TypeError):
             raise LedgerError(f"{path} is damaged: move the run's folder away and start it anew") from None
 
@@ -67,7 +74,7 @@ class WriteAheadLedger:
             LedgerError: when the step's noise was used before with another plan, other data, other code or, in a
                 release that may have been seen, other weights.
         """
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "sample_rate": self.plan.sample_rate,
             "noise_multiplier": float(self._sigmas[step]),
@@ -93,39 +100,59 @@ class WriteAheadLedger:
                     "use another seed, or fresh keys"
                 )
         self._append(row)
-        self._by_key[row["noise_key"]] = row
 
     def seen(self, step: int) -> None:
         """Write that so many steps are in a checkpoint; call it once it is on disk, before anything else shows them."""
-        mark = {CHECKPOINT: step, "noise_key": self.keys.key_hash(Purpose.NOISE, step - 1)}
-        if mark not in self._attempt:
-            self._append(mark)
+        key = self.keys.key_hash(Purpose.NOISE, step - 1)
+        if (step, key) not in self._marks:
+            self._append({CHECKPOINT: step, "noise_key": key})
 
-    def check_start(self, step: int) -> None:
-        """Refuse to go on from a checkpoint that is not the last one, or whose steps were never begun here.
+    @property
+    def position(self) -> str:
+        """Names all rows up to now, for a checkpoint that is made here."""
+        return self._position(len(self.rows))
 
-        With the same keys the steps after it are the same releases, so that any checkpoint will do; with fresh ones
-        they would be released twice for the price of once.
+    def check_start(self, step: int, position: str) -> None:
+        """Refuse to go on from a checkpoint that is not the last one, or that was not made here.
+
+        With the same keys the steps after it are the same releases, so that any checkpoint of an attempt will do; with
+        fresh ones they would be released twice for the price of once.
+
+        Args:
+            step: number of steps that the checkpoint holds.
+            position: of the ledger when it was made.
 
         Raises:
-            LedgerError: saying which step was to be expected.
+            LedgerError: saying what does not fit.
         """
-        last = max((row[CHECKPOINT] for row in self._attempt if CHECKPOINT in row), default=0)
-        begun = {row["step"] for row in self._attempt if CHECKPOINT not in row}
+        count = int(position.partition(" ")[0])
+        if count > len(self.rows) or self._position(count) != position:
+            raise LedgerError(f"{self.path.name} lacks rows that were there when the checkpoint was made")
+        if any(row.get("step") == 0 for row in self.rows[count:]):
+            raise LedgerError("another attempt was begun since the checkpoint was made")
+        last = max((reached for reached, _ in self._marks), default=0)
         if self.keys.mode == "secure" and step < last:
             raise LedgerError(f"the checkpoint is of step {step}, but step {last} was reached")
-        if lacking := set(range(step)) - begun:
-            raise LedgerError(f"the checkpoint is of step {step}, but {self.path.name} lacks step {min(lacking)}")
 
     def _seen(self, row: dict[str, Any]) -> bool:
         """Whether the release of a row is in a checkpoint that came after it."""
         return any(later.get(CHECKPOINT, 0) > row["step"] for later in self.rows[self.rows.index(row) :])
 
-    @property
-    def _attempt(self) -> list[dict[str, Any]]:
-        """Rows since step 0 was last begun."""
-        firsts = [at for at, row in enumerate(self.rows) if row.get("step") == 0]
-        return self.rows[firsts[-1] :] if firsts else []
+    def _position(self, count: int) -> str:
+        """Number and hash of the first rows."""
+        return f"{count} {self._hashes[count].hex()}"
+
+    def _note(self, row: dict[str, Any]) -> None:
+        """Take in a row that is on disk."""
+        key = row["noise_key"]
+        if CHECKPOINT in row:
+            self._marks.add((row[CHECKPOINT], key))
+        else:
+            self._by_key[key] = row
+            if row["step"] == 0:
+                self._marks.clear()
+        self.rows.append(row)
+        self._hashes.append(hashlib.sha256(self._hashes[-1] + json.dumps(row).encode()).digest())
 
     def _append(self, row: dict[str, Any]) -> None:
         new = not self.rows
@@ -135,7 +162,7 @@ class WriteAheadLedger:
             os.fsync(stream.fileno())
         if new:
             _sync_names(self.path.parent)
-        self.rows.append(row)
+        self._note(row)
 
     @property
     def attempts(self) -> int:

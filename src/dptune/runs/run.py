@@ -257,7 +257,7 @@ def check_checkpoint(setup: Setup, folder: Path) -> None:
     try:
         start = load_checkpoint(setup, folder)
         if start is not None and setup.plan.private:
-            ledger_of(setup, folder).check_start(start.step)
+            ledger_of(setup, folder).check_start(start.step, start.ledger)
     except (CheckpointForged, LedgerError) as error:
         raise ConfigError(
             f"{folder / CHECKPOINT_FOLDER}: {error}; put the right one back, or remove it to start anew, which "
@@ -448,7 +448,8 @@ def train_adapter(
         nonlocal shown
         if folder is not None:
             folder.lock.check()
-            made = Checkpoint(step.step, step.seconds, history, step.state())
+            position = ledger.position if ledger else ""
+            made = Checkpoint(step.step, step.seconds, history, step.state(), position)
             checkpoint.save(folder.path / CHECKPOINT_FOLDER, made, setup.stamp, kept_key(folder.path.parent))
             if ledger is not None:
                 ledger.seen(step.step)

@@ -63,6 +63,8 @@ class Checkpoint:
     """Their rows of the history."""
     state: Mapping[str, Any]
     """State of each part by its name, from `state_of`."""
+    ledger: str = ""
+    """Position of the ledger when it was made, of a private run."""
 
 
 def state_of(parts: Mapping[str, Stateful]) -> dict[str, Any]:
@@ -114,6 +116,7 @@ def save(folder: Path, checkpoint: Checkpoint, stamp: Mapping[str, str], key: by
         "tensors": {"file": path.name, "hash": _hash(path)},
         "state": state,
         "history": checkpoint.history,
+        "ledger": checkpoint.ledger,
     }
     text = json.dumps(content)
     write_atomically(folder / STATE_FILE, f"{text}\n{_signature(text, key)}\n")
@@ -143,7 +146,7 @@ def load_checkpoint(folder: Path, stamp: Mapping[str, str], key: bytes) -> Check
         if _hash(path) != content["tensors"]["hash"]:
             raise CheckpointError(f"{path.name} is damaged")
         state = _from_plain(content["state"], load_file(path))
-        return Checkpoint(content["step"], content["seconds"], content["history"], state)
+        return Checkpoint(content["step"], content["seconds"], content["history"], state, content["ledger"])
     except FileNotFoundError as error:
         if error.filename is not None and Path(error.filename).name == STATE_FILE:
             return None
