@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
 from dptune.config.files import data_files
 from dptune.config.schema import CHECKSUMS, EMBEDDED, SHIPPED, Config, ConfigError, has_plain_hashes
+from dptune.records.files import write_once
 
 NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
 """Parts of the config that do not name a run: they cannot change its numbers."""
@@ -74,15 +73,7 @@ def kept_key(output_root: Path) -> bytes:
     """The same, written to its file if it is not there yet."""
     path = output_root / KEY_FILE
     if not path.exists():
-        output_root.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.touch(mode=0o600)
-        draft.write_bytes(_new_key(output_root.absolute()))
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.link(draft, path)
-        finally:
-            draft.unlink()
+        write_once(path, _new_key(output_root.absolute()))
     return local_key(output_root)
 
 

@@ -141,7 +141,7 @@ class WandbTracker(Mirror):
         wanted = self.config.upload_adapters and (self.config.allow_adapters or releasable(record))
         if wanted and (self.folder / ADAPTER_FOLDER).is_dir():
             self.run.log_artifact(adapter_artifact(record, self.folder, shows_metrics(self.config, record)))
-        self.run.finish(exit_code=0 if record.status == "done" else 1)
+        self.run.finish(exit_code=0 if record.is_done else 1)
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         # W&B makes _runtime of its own of the time that it is told.
