@@ -69,7 +69,9 @@ def test_history_and_results_are_mirrored_below_the_output_folder_and_nowhere_el
     assert "NON_PRIVATE/seconds" in found[0]
 
 
-def test_times_and_test_metrics_of_private_data_are_mirrored_only_where_allowed(model_folder: Path, tmp_path: Path) -> None:
+def test_times_and_test_metrics_of_private_data_are_mirrored_only_where_allowed(
+    model_folder: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "mine.jsonl"
     splits = ["train"] * 50 + ["test"] * 10
     lines = [{"instruction": "say", "input": f"message {i}", "output": "yes", "split": s} for i, s in enumerate(splits)]
