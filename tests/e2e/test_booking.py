@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dptune.config.schema import Config, ConfigError
 from dptune.privacy.budget import Account
 from dptune.runs.booking import transcript
 from dptune.runs.budget import TOKEN_FILE, accounts_of, describe
-from dptune.runs.run import CHECKPOINT_FOLDER, LEDGER_FILE, run
+from dptune.runs.run import CHECKPOINT_FOLDER, run
 from dptune.runs.setup import set_up
 
 pytestmark = pytest.mark.numerical
@@ -61,8 +62,9 @@ def test_going_on_from_a_checkpoint_is_the_same_transcript(private: Config, monk
     (booking,) = the_account().bookings
     folder = Path(private.compute.output_root) / booking.run
     setup = set_up(private, booking.run)
-    assert transcript(setup, folder / LEDGER_FILE, folder / CHECKPOINT_FOLDER) == 1
-    assert transcript(setup, folder / LEDGER_FILE, folder / "no checkpoint") == 2
+    assert transcript(setup, folder) == 1
+    shutil.rmtree(folder / CHECKPOINT_FOLDER)
+    assert transcript(setup, folder) == 2
     assert run(private).status == "done"
     assert len(the_account().bookings) == 1
 

@@ -21,7 +21,7 @@ from typing import Any
 from dptune.config.files import data_files
 from dptune.config.schema import Config, ConfigError
 from dptune.data.sources import Dataset
-from dptune.identity import content_hash, keep_key, keyed_hash, local_key
+from dptune.identity import content_hash, kept_key, keyed_hash, local_key
 from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.budget import Account, Booking, BudgetError, Spending, order_for, parse
 from dptune.records.files import sync
@@ -200,8 +200,7 @@ def _token(folder: Path) -> str:
 
 
 def _key(folder: Path) -> bytes:
-    keep_key(folder)
-    return local_key(folder)
+    return kept_key(folder)
 
 
 @contextmanager

@@ -145,7 +145,13 @@ def privacy_of(
 ) -> Privacy:
     """The guarantee after some steps, computed from the plan that the run was trained with."""
     if not plan.private:
-        return Privacy(private=False, steps=steps, stand_in=data.public, plan=plan.to_dict())
+        return Privacy(
+            private=False,
+            steps=steps,
+            stand_in=data.public,
+            not_covered=not_covered(config, data),
+            plan=plan.to_dict(),
+        )
     return Privacy(
         private=True,
         unit=plan.unit,
@@ -157,6 +163,7 @@ def privacy_of(
         steps=steps,
         noise_mode=plan.noise_mode,
         stand_in=data.public,
+        not_covered=not_covered(config, data),
         groups=groups or {},
         accountants={name: dataclasses.asdict(value) for name, value in side_by_side(plan).items()},
         plan=plan.to_dict(),
@@ -176,6 +183,28 @@ def epsilon_marks(plan: PrivacyPlan) -> dict[int, float | None]:
     marks = np.unique(np.linspace(0, plan.steps, 11)[1:].round().astype(int))
     with said_if_slow(f"accounting for every tenth of {plan.steps:,} steps"):
         return {int(step): plan.epsilon(int(step)) if plan.private else None for step in marks}
+
+
+def not_covered(config: Config, data: Dataset) -> list[str]:
+    """What the guarantee of a run says nothing about, or nothing to whom; of private data only."""
+    if data.public:
+        return []
+    found = [f"the {len(data.test)} records of the test split: metrics are exact functions of them"]
+    if config.privacy.enabled and noise_mode(config) == "reproducible":
+        found.append(
+            f"anyone who knows the seed ({config.environment.seed}, in this record): none against them, they can take "
+            "the noise off"
+        )
+    return found
+
+
+def uncovered_test(config: Config, data: Dataset) -> str:
+    """What is said before records are judged that no guarantee covers."""
+    leave = "are mirrored" if config.tracking.allow_test_metrics else "stay here (tracking.allow_test_metrics=false)"
+    return (
+        f"test split: no guarantee for its {len(data.test)} records, whose metrics are exact and {leave}; "
+        "data.columns.split and data.splits say which records these are"
+    )
 
 
 def spent(privacy: Privacy) -> str:
