@@ -229,6 +229,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "give exactly one of privacy.target_epsilon and privacy.noise_multiplier (set the other to null)"
         )
+    if privacy.projection == "private" and not privacy.enabled:
+        raise ConfigError(
+            "privacy.projection=private with privacy=none: nothing pays for a subspace of private gradients; use "
+            "projection=history or leave it out"
+        )
     if (privacy.projection == "private") != (privacy.projection_noise_multiplier is not None):
         raise ConfigError(
             "privacy.projection=private is paid for with privacy.projection_noise_multiplier=..., and only it is; "
