@@ -369,6 +369,10 @@ def _compare_with_loop(
     least = 0.1 * max(float(value.abs().max()) for value in expected.values())
     for key, value in expected.items():
         size = max(float(value.abs().max()), least)
+        if not value.isfinite().all():
+            raise EngineError(
+                f"the gradient of {key} is not finite on made-up records: these weights cannot be trained"
+            )
         if key not in found or found[key].shape != value.shape:
             raise EngineError(f"the engine gives no gradient for each row of {key}; set environment.engine=loop")
         if not float((other[key] - found[key])[:-1].abs().max()) <= TOLERANCE * size:

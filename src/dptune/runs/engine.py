@@ -142,5 +142,7 @@ def made_up_rows(vocabulary: int, lengths: Sequence[int], shift: int = 0) -> lis
 
 
 def made_up_row(vocabulary: int, length: int, response: int, number: int, shift: int) -> Encoded:
-    """One row of made-up tokens."""
-    return Encoded(tuple((31 * number + 17 * at + shift) % vocabulary for at in range(length)), response)
+    """One row of made-up tokens; not of the first ones, which pad or are special, and may have no embedding."""
+    spare = min(8, vocabulary - 1)
+    tokens = ((31 * number + 17 * at + shift) % (vocabulary - spare) for at in range(length))
+    return Encoded(tuple(spare + token for token in tokens), response)
