@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -50,24 +51,34 @@ def batches_of(plan: PrivacyPlan, keys: KeyRing = KEYS) -> list[Batch]:
     return [sampler.batch(step) for step in range(plan.steps)]
 
 
-def assert_rate(counts: np.ndarray, draws: int, rate: float) -> None:
-    """Each unit is in with this probability: all together, and no unit more or less often than it should be.
+def assert_rate(counts: np.ndarray, sizes: Sequence[int], rate: float) -> None:
+    """Each unit is in with this probability: all together, no unit more or less often, and no batch of a fixed size.
 
-    Of right samplers the first line fails one in 1.7 million, the second one in a million. Twice the rate is off by
-    more than forty standard deviations.
+    Args:
+        counts: of each unit, over all steps.
+        sizes: of each batch in units.
+        rate: what the accountant is told.
+
+    Of right samplers the first line fails one in 1.7 million, the others one in a million each. Twice the rate is off
+    by more than forty standard deviations; batches that are cut at their mean have half of the variance.
     """
+    draws = len(sizes)
     total, most = counts.sum(), counts.size * draws
     assert abs(total - rate * most) < 5 * math.sqrt(most * rate * (1 - rate)), f"{total / most:.4f} for {rate:.4f}"
     spread = float(((counts - rate * draws) ** 2).sum() / (draws * rate * (1 - rate)))
     assert 5e-7 < stats.chi2(counts.size).cdf(spread) < 1 - 5e-7
+    mean = rate * counts.size
+    spread = float(((np.array(sizes) - mean) ** 2).sum() / (mean * (1 - rate)))
+    assert 5e-7 < stats.chi2(draws).cdf(spread) < 1 - 5e-7
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.2])
 def test_each_example_is_in_a_batch_as_often_as_the_accountant_is_told(rate: float) -> None:
     plan = plan_of("example", rate * len(USERS))
-    counts = np.bincount(np.concatenate([batch.indices for batch in batches_of(plan)]), minlength=len(USERS))
+    batches = batches_of(plan)
+    counts = np.bincount(np.concatenate([batch.indices for batch in batches]), minlength=len(USERS))
     assert counts.max() <= STEPS
-    assert_rate(counts, STEPS, rate)
+    assert_rate(counts, [batch.num_units for batch in batches], rate)
     assert {(event.sample_rate, event.group_size) for event in plan.events()} == {(rate, 1)}
 
 
@@ -78,7 +89,7 @@ def test_each_example_of_a_user_is_in_a_batch_as_often_as_the_accountant_is_told
     counts = np.bincount(np.concatenate([batch.indices for batch in batches]), minlength=len(USERS))
     taking_part = counts[counts > 0] if rate > 0.1 else counts[plan.sampler(KEYS, users=USERS).all_rows]
     assert taking_part.size == OWNERS * CAP
-    assert_rate(taking_part, STEPS, rate)
+    assert_rate(taking_part, [batch.num_units for batch in batches], rate)
     # Independently of each other, as the mixture that stands for a user says: K of k rows with probability Bin(k, q).
     owners = np.arange(len(USERS)) % OWNERS
     together = np.concatenate([np.bincount(owners[batch.indices], minlength=OWNERS) for batch in batches])
@@ -98,7 +109,7 @@ def test_each_user_is_in_a_batch_as_often_as_the_accountant_is_told(rate: float)
     present = [set(owners[batch.indices].tolist()) for batch in batches]
     assert [len(users) for users in present] == [batch.num_units for batch in batches]
     counts = Counter(user for users in present for user in users)
-    assert_rate(np.array([counts[user] for user in range(OWNERS)]), STEPS, rate)
+    assert_rate(np.array([counts[user] for user in range(OWNERS)]), [len(users) for users in present], rate)
     rows = np.bincount(np.concatenate([batch.indices for batch in batches]), minlength=len(USERS))
     # Each row of a user who is drawn is among the CAP of EACH that take part. A right sampler fails one in 1.7 million.
     drawn = sum(len(users) for users in present)
@@ -160,6 +171,22 @@ def test_units_of_an_empty_batch_are_missed() -> None:
     mechanism = Mechanism(plan_of("example", 20.0), GROUPS, KEYS)
     with pytest.raises(ValueError, match="the batch has 1 units, but the sum has 0"):
         mechanism.release(0, num_units=1)
+
+
+def test_a_user_of_many_rows_counts_as_much_as_a_user_of_one() -> None:
+    """Gradients far below the clip bound, where a sum of a user's rows and their mean differ."""
+    plan = plan_of("user_uls", 20.0, noise_multiplier=0.1, max_grad_norm=100.0)
+    row = {group.name: 0.3 * torch.ones(1, group.dimension) for group in GROUPS}
+    moved = []
+    for rows in (1, 3):
+        many = {name: value.expand(rows, -1) for name, value in row.items()}
+        mechanism, empty = Mechanism(plan, GROUPS, KEYS), Mechanism(plan, GROUPS, KEYS)
+        mechanism.accumulate(many, torch.zeros(rows, dtype=torch.int64))
+        found, noise = (one.release(0).gradients for one in (mechanism, empty))
+        moved.append(torch.cat([(found[name] - noise[name]) * 20.0 for name in found]).double())
+    # Two releases on a grid of at most a thousandth of the noise of 10.
+    assert float((moved[0] - 0.3 * MARGIN).abs().max()) < 0.02
+    assert float((moved[1] - moved[0]).abs().max()) < 0.02
 
 
 @pytest.mark.parametrize(("kind", "rule"), [("flat", "uniform"), ("group", "uniform"), ("group", "quantile")])
