@@ -218,3 +218,12 @@ def test_a_search_is_charged_for_the_dearest_of_its_candidates(config: Config, o
     curve = Repetitions(4.0, math.inf).renyi_curve(renyi_curve([Event(0.8, 0.1, 3)]))
     assert search.epsilon == pytest.approx(optimum(curve, config.privacy.delta)[0], rel=1e-9)
     assert {event.noise_multiplier for events in search.events for event in events} == {0.8, 4.0, 60.0}
+
+
+def test_no_record_is_trained_on_and_judged(config: Config) -> None:
+    """What a score costs rests on it (SPECIFICATION.md 8.2)."""
+    data = load_dataset(config)
+    splits = [data.train, data.validation, data.test]
+    assert [len(split) for split in splits] == [200, 20, 40]
+    for name, split in zip(("train", "validation", "test"), splits, strict=True):
+        assert {example.split for example in split} == {name}
