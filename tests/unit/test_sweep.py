@@ -9,7 +9,8 @@ from hydra.core.global_hydra import GlobalHydra
 from dptune.config.checks import strict
 from dptune.config.schema import EMBEDDED, Config, ConfigError
 from dptune.identity import run_id
-from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS, TESTS
+from dptune.report.claims import FEWEST_SEEDS, TESTS
+from dptune.report.effects import FEWEST_CONDITIONS
 from dptune.sweeps import expand as sweep
 from dptune.sweeps import jobs, readme
 from dptune.sweeps.expand import expand, grid, included, jobs_of_sweep, names, parts, without_hydra
@@ -85,7 +86,7 @@ def test_the_page_of_the_sweeps_is_what_their_headers_make(tmp_path: Path) -> No
     again = tmp_path / "README.md"
     again.write_text(re.sub(rf"(?s)(?<={readme.BEGIN}).*(?={readme.END})", "of yesterday", now), encoding="utf-8")
     readme.main(again)
-    assert again.read_text(encoding="utf-8") == now, "python -m dptune.sweeps.readme makes it again"
+    assert again.read_text(encoding="utf-8") == now, "make sweeps-readme makes it again"
     assert sorted(re.findall(r"^\| \[([^\]]+)\]", now, re.MULTILINE)) == names()
 
 

@@ -14,11 +14,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
 from dptune.records.files import write_atomically
+from dptune.records.state import State
 
 SCHEMA_VERSION = 1
 
@@ -192,6 +191,11 @@ class RunRecord:
     schema_version: int = SCHEMA_VERSION
     """Version of this schema."""
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has results."""
+        return self.status == "done"
+
     def write(self, folder: Path) -> Path:
         """Write `record.json` atomically: a reader sees the old record or the new one, never half of it."""
         content = dataclasses.asdict(self)
@@ -239,6 +243,23 @@ class RunState:
     sweep: str | None
     error: str | None
     code: str | None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has results."""
+        return self.status == State.DONE
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a folder has the results of a run."""
+    seen = run_state(folder)
+    return seen is not None and seen.is_done
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run of a folder is done or has failed."""
+    seen = run_state(folder)
+    return seen is not None and (seen.is_done or seen.status == State.FAILED)
 
 
 def run_state(folder: Path) -> RunState | None:
@@ -317,7 +338,7 @@ def _check(record: RunRecord) -> None:
         raise ValueError(f"status is {record.status!r}, not running, done or failed")
     if not isinstance(record.config, dict) or not isinstance(record.provenance, dict):
         raise ValueError("config and provenance must be objects")
-    if record.status == "done" and (record.metrics is None or record.privacy is None):
+    if record.is_done and (record.metrics is None or record.privacy is None):
         raise ValueError("a finished run needs metrics and privacy")
     for name, part in (("metrics", record.metrics), ("zero_shot", record.zero_shot)):
         shares = [] if part is None else [part.accuracy, *part.accuracy_by_task.values()]
@@ -326,7 +347,7 @@ def _check(record: RunRecord) -> None:
         if part is not None and not (0 <= (part.bleu or 0) <= 100 and 0 <= (part.rouge_l or 0) <= 1):
             raise ValueError(f"{name} holds a BLEU outside [0, 100] or a ROUGE-L outside [0, 1]")
     privacy = record.privacy
-    if record.status == "done" and privacy is not None and privacy.private:
+    if record.is_done and privacy is not None and privacy.private:
         # A run of no steps, such as zero-shot, looks at no training data: its epsilon is 0.
         if privacy.epsilon is not None and not (privacy.epsilon > 0 or privacy.epsilon == privacy.steps == 0):
             raise ValueError("epsilon of a private run that took steps must be above 0")

@@ -33,13 +33,7 @@ class Status:
 
 
 def of_sweep(name: str, jobs: Sequence[Job], arguments: Sequence[str]) -> str:
-    """The state of each run of a sweep.
-
-    Args:
-        name: of the sweep.
-        jobs: its runs.
-        arguments: overrides that it was asked for with.
-    """
+    """The state of each run of a sweep that was asked for with some overrides."""
     found = []
     for job in jobs:
         setting = ", ".join(item.split(".", 1)[-1] for item in job.varied)
@@ -79,13 +73,13 @@ def status_of(seen: RunState | RecordError, setting: str = "") -> Status:
     if isinstance(seen, RecordError):
         return Status(seen.folder.name, State.FAILED, str(seen), setting)
     name = seen.folder.name
-    if seen.status == "done":
+    if seen.is_done:
         if seen.code == code_version():
             return Status(name, State.DONE, "", setting)
         return Status(name, State.STALE, f"by code {seen.code or 'of no version'}, this is {code_version()}", setting)
     if (process := holder(seen.folder)) is not None:
         return Status(name, State.RUNNING, str(process), setting)
-    if seen.status == "failed":
+    if seen.status == State.FAILED:
         return Status(name, State.FAILED, f"{seen.error}; its log is {seen.folder / 'run.log'}", setting)
     return Status(name, State.INTERRUPTED, "", setting)
 
@@ -93,7 +87,8 @@ def status_of(seen: RunState | RecordError, setting: str = "") -> Status:
 def counts(found: Sequence[Status]) -> str:
     """How many runs are in which state."""
     numbers = [(sum(item.state == state for item in found), state) for state in State]
-    return f"{len(found)} runs: " + ", ".join(f"{number} {state}" for number, state in numbers if number)
+    runs = "1 run" if len(found) == 1 else f"{len(found)} runs"
+    return f"{runs}: " + ", ".join(f"{number} {state}" for number, state in numbers if number)
 
 
 def rows(found: Iterable[Status]) -> Iterator[str]:
