@@ -273,17 +273,12 @@ class EnvironmentConfig:
     """The weights of the frozen linear layers, except for the output head, are rounded once: to 8 bits with a scale for
     each output, or to 4-bit NormalFloat with a scale for each 64 weights (arXiv:2305.14314). Products with them are
     computed in `precision`. Saves memory, not time."""
-    batch_shape: str = _one_of("auto", "fixed")
-    """`fixed`: every physical batch has `compute.physical_batch_size` rows and room for `sequence_length` tokens, so
-    that a row's gradient is the same to the last bit whatever the other rows are, which is checked before training.
-    `auto`: fixed for a private run whose backbone is not in float32, where the rounding of other rows' gradients would
-    otherwise break the guarantee (SPECIFICATION.md 10.3); else as long as the longest row, which is faster."""
     sequence_length: int = _number(96, least=8)
     """Most tokens of an example. A longer one loses the beginning of its prompt, by this public rule."""
     engine: str = _one_of("auto", "hooks", "functional", "opacus", "loop")
     """How per-example gradients are computed: our own hooks, torch.func layer by layer, Opacus, or one backward pass an
     example (`loop`); `auto` takes the fastest that is right for the adapter and the backbone. Whichever it is, it is
-    compared with `loop` before training starts."""
+    compared with `loop` before training starts, and `auto` takes the next one when it is wrong."""
 
 
 @dataclass
@@ -356,10 +351,11 @@ class ComputeConfig:
     """A torch device."""
     threads: int = _number(1, least=1)
     """Threads of one run; one is best when several runs share the machine."""
-    physical_batch_size: int = _number(32, least=1)
-    """Examples in one forward pass; the logical batch is cut into such pieces, sorted by length."""
-    evaluation_batch_size: int = _number(512, least=1)
-    """Sequences in one forward pass of the evaluation."""
+    physical_batch_size: int = _number(24, least=1)
+    """Examples of up to 32 tokens in one forward pass; longer ones come in fewer, so that the tokens stay about the
+    same. The logical batch is cut into such pieces, of public shapes (SPECIFICATION.md 10.3)."""
+    evaluation_batch_size: int = _number(64, least=1)
+    """The same for the forward passes of the evaluation."""
     cache_dir: str = ".cache"
     """Folder of what is made once and shared by runs, such as a dequantised GGUF file."""
     output_root: str = "outputs"
@@ -395,12 +391,6 @@ def noise_mode(config: Config) -> NoiseMode:
     if config.privacy.noise_mode == "auto":
         return "reproducible" if is_public(config.data) else "secure"
     return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
-
-
-def has_fixed_batches(config: Config) -> bool:
-    """Whether every physical batch has one public shape."""
-    reduced = config.environment.precision != "float32"
-    return config.environment.batch_shape == "fixed" or (config.privacy.enabled and reduced)
 
 
 def is_public(data: DataConfig) -> bool:

@@ -30,9 +30,10 @@ from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records.files import whole_folder, write_atomically, write_once
 from dptune.records.record import RunFailed, RunRecord, has_ended, is_done, read
+from dptune.runs.folder import LOG_FILE
 from dptune.runs.privacy import make_plan
-from dptune.runs.run import LOG_FILE, run
 from dptune.runs.run import in_one_line as in_one_line
+from dptune.runs.run import run
 from dptune.runs.setup import data_of
 from dptune.sweeps.expand import released_by
 from dptune.sweeps.jobs import Job
