@@ -102,7 +102,9 @@ class Run:
 
     def ended(self, status: int) -> tuple[str, float]:
         """What became of it, as status and last line of pytest say, and the seconds that it took."""
-        said = self._said.read_text(encoding="utf-8", errors="replace").strip() if self._said.exists() else ""
+        self.said = said = (
+            self._said.read_text(encoding="utf-8", errors="replace").strip() if self._said.exists() else ""
+        )
         self._folder.cleanup()
         seconds = time.perf_counter() - self.begin
         code = os.waitstatus_to_exitcode(status)
@@ -133,7 +135,7 @@ def main() -> int:
     whole = Run(tests)
     end, seconds = whole.ended(os.waitpid(whole.process, 0)[1])
     if end != "SURVIVED":
-        print(f"{end}: without a fault they must pass; mend them first")
+        print(whole.said[-3000:], "without a fault they must pass: mend them first", sep="\n")
         return 1
     print(f"they pass, in {seconds:.0f} s", flush=True)
 

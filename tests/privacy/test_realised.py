@@ -173,22 +173,6 @@ def test_units_of_an_empty_batch_are_missed() -> None:
         mechanism.release(0, num_units=1)
 
 
-def test_a_user_of_many_rows_counts_as_much_as_a_user_of_one() -> None:
-    """Gradients far below the clip bound, where a sum of a user's rows and their mean differ."""
-    plan = plan_of("user_uls", 20.0, noise_multiplier=0.1, max_grad_norm=100.0)
-    row = {group.name: 0.3 * torch.ones(1, group.dimension) for group in GROUPS}
-    moved = []
-    for rows in (1, 3):
-        many = {name: value.expand(rows, -1) for name, value in row.items()}
-        mechanism, empty = Mechanism(plan, GROUPS, KEYS), Mechanism(plan, GROUPS, KEYS)
-        mechanism.accumulate(many, torch.zeros(rows, dtype=torch.int64))
-        found, noise = (one.release(0).gradients for one in (mechanism, empty))
-        moved.append(torch.cat([(found[name] - noise[name]) * 20.0 for name in found]).double())
-    # Two releases on a grid of at most a thousandth of the noise of 10.
-    assert float((moved[0] - 0.3 * MARGIN).abs().max()) < 0.02
-    assert float((moved[1] - moved[0]).abs().max()) < 0.02
-
-
 @pytest.mark.parametrize(("kind", "rule"), [("flat", "uniform"), ("group", "uniform"), ("group", "quantile")])
 def test_the_noise_of_one_group_says_nothing_of_another(kind: str, rule: str) -> None:
     """Groups of one size and one noise: with a shared stream all three would be the same numbers."""
