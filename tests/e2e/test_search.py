@@ -223,7 +223,6 @@ def test_what_has_no_epsilon_is_refused(config: Config, changes: dict[str, Any],
     [
         ({"privacy": {"unit": "user_els", "examples_per_user": 2}}, "one user may change many answers"),
         ({"privacy": {"enabled": False, "target_epsilon": None}}, "a non-private run cannot be chosen privately"),
-        ({"data": {"on_bad": "skip", "split_by": "user"}}, "set data.on_bad=error"),
     ],
 )
 def test_a_score_whose_proof_would_not_hold_is_refused(config: Config, changes: dict[str, Any], message: str) -> None:

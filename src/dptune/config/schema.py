@@ -102,6 +102,10 @@ class PrivacyConfig:
     """Instead of a target epsilon: noise standard deviation over sensitivity, as is."""
     delta: float = _number(1e-5, above=0, below=1)
     """Fixed before training; must be below one over the number of protected units."""
+    budget: float | None = _number(None, above=0)
+    """Most epsilon, at `delta`, of all runs on the same private data together, on this machine (SPECIFICATION.md 8.3).
+    A run that would exceed it is refused. Null: this run names no limit; what it costs is booked all the same.
+    `dptune budget` shows the account."""
     examples_per_user: int | None = _number(None, least=1)
     """User-level only: ELS keeps at most this many examples of a user, ULS averages at most this many."""
     clipping: str = _one_of(*CLIPPINGS, default="scaled_flat")
@@ -143,9 +147,12 @@ class PrivacyConfig:
     score that a search chooses by (SPECIFICATION.md 8.2). Null: no score; the validation split is not looked at."""
     noise_mode: str = _one_of("auto", *get_args(NoiseMode))
     """`secure`: keys from the operating system, never stored. `reproducible`: from the seed, so that the epsilon is
-    accounted but not realised for anyone who knows the seed. `auto`: reproducible for public stand-in data,
-    else secure.
+    accounted but not realised for anyone who knows the seed. `auto`: reproducible for public stand-in data that is
+    embedded or on the Hub, else secure.
     """
+    allow_known_noise: bool = False
+    """Private data only: accept `noise_mode=reproducible`, with which there is no guarantee against anyone who knows
+    the seed, and the seed is in the record."""
 
 
 @dataclass
@@ -197,7 +204,8 @@ class DataConfig:
     """Options of every record that has none of its own."""
     layout: str = _one_of("records", "messages")
     """`records`: a row is an example. `messages`: a row is a message of a conversation tree, as in oasst1, and each
-    reply of an assistant is an example. Its user is the author of the reply, not of the message before it."""
+    reply of an assistant is an example. Two people wrote it, so that a user-level unit must be the whole conversation:
+    `data.columns.user=message_tree_id`."""
     splits: list[str] | None = None
     """Pairs `source:ours` from the source's names of splits to `train`, `validation`, `test`, or `hash` to split them
     here, as in `[train:train, dev:test]`; what is not named is left out. Null: the source's names are ours."""
@@ -205,14 +213,28 @@ class DataConfig:
     """Records without a split go to train, validation and test (80, 10, 10 %) by a hash of their content, or of their
     user; so adding a record, or a user, moves no other."""
     public: bool | None = None
-    """The records are public and stand in for private ones: epsilon is stated as if they were private, and hashes and
-    diagnostics need no protection. Null: true for `supportdesk` alone."""
+    """Everybody may already read the records, which stand in for private ones: epsilon is stated as if they were
+    private. Null: true for `supportdesk` alone. Of records at `path`, which nobody else can be seen to have, this alone
+    switches off no protection: each has a key of its own (privacy/SHARP_EDGES.md 1)."""
+    plain_hashes: bool = False
+    """Public records at `path` only: names of runs and fingerprints are hashes without a key, the same everywhere."""
+    diagnostics: bool = False
+    """Public records at `path` only: record, tables and page also hold what tells about single records, as for embedded
+    data: accuracy on unseen inputs, training loss, exact times and memory."""
     organisation: str = _one_of("private", "dev")
     """Support desk only: `dev` is public and is what settings are chosen on."""
     seed: int = _number(0, least=0)
     """Seed of the generated records, of subsets and of conditions; not of training."""
     train_size: int | None = _number(4000, least=1)
-    """Number of training records kept (null: all). It is treated as public, and it bounds the memory of reading."""
+    """Number of training records kept (null: all), on average: of n, each is kept with probability `train_size` / n by
+    a hash of its content. n is the number that is counted in public data, else `declared_size`."""
+    declared_size: int | None = _number(None, least=1)
+    """Public number of training records of the source, stated by you before reading it and not counted; the plan's N
+    follows from it and not from the file. Null: N is counted, and is treated as public."""
+    declared_task_sizes: list[int] | None = None
+    """The same for each of `tasks`, in their order: what `task_weights` need on private data."""
+    declared_users: int | None = _number(None, least=1)
+    """Public number of training users, stated by you: the plan's N with `privacy.unit=user_uls`."""
     validation_size: int | None = _number(400, least=1)
     """Number of validation records kept (null: all)."""
     test_size: int | None = _number(800, least=1)
@@ -220,15 +242,16 @@ class DataConfig:
     tasks: list[str] | None = None
     """Keep these tasks only (null: all)."""
     task_weights: list[float] | None = None
-    """Proportions among the training records of `tasks`, in their order: training records are left out until they hold.
-    Names and numbers of records of the tasks are treated as public. Null: as they are."""
+    """Proportions among the training records of `tasks`, in their order: training records are left out until they hold
+    on average, each by a hash of its content. Private data needs `declared_task_sizes`. Null: as they are."""
     template: str = _one_of("plain", "chat")
     """Prompt: one plain form for all backbones, or the chat template of the backbone's tokenizer."""
     on_long: str = _one_of("truncate", "error")
     """A record with more than `environment.sequence_length` tokens is cut by a public rule, or is a bad record."""
     on_bad: str = _one_of("error", "skip")
-    """A bad record stops the run with its file, line and field, or is left out and listed for the person at the
-    terminal. The list is not paid for by any epsilon: it must not be published."""
+    """A record that is bad by itself stops the run with its file, line and field, or is left out and listed for the
+    person at the terminal. What is listed is not private: it must not be published. What is wrong with several records
+    together, or with the rest of a file, stops the run in any case."""
 
 
 @dataclass
@@ -296,28 +319,29 @@ class DataSensitivityConfig:
     """Conditions of the data.
 
     `unseen_instructions` and what begins with `test_` change the test split only, all others the training split only.
-    What happens to a record depends on it and on `data.seed` alone (under `train_fraction` on its place too).
+    What happens to a record depends on it, on `data.seed` and on public names of tasks alone.
     """
 
     name: str = "clean"
     """Label of the condition."""
     train_fraction: float = _number(1.0, above=0, most=1)
-    """Share of the training records that is kept."""
+    """Share of the training records that is kept, on average, by a hash of their content."""
     label_noise: float = _number(0.0, least=0, most=1)
     """Share of the training records with options whose answer is replaced by another option."""
     class_imbalance: float = _number(1.0, least=1)
     """Of records with options: how much more often the most frequent answer is kept than the rarest. The shares between
     fall exponentially (arXiv:1901.05555)."""
     task_imbalance: float = _number(1.0, least=1)
-    """How much more often records of the most frequent task are kept than of the rarest, in the same way."""
+    """How much more often records of the most frequent task are kept than of the rarest, in the same way. Private data
+    needs `data.tasks`, the names of the tasks in public."""
     user_tail: float = _number(0.0, least=0)
     """Exponent s of a long tail of users: a tenth of them keep all their records, the user at share u > 0.1 of a public
     random order keeps each with probability (0.1 / u)^s."""
     instruction_perturbation: float = _number(0.0, least=0, most=1)
     """Share of the training records whose instruction has a typo, other case, other order or a synonym."""
     duplicates: float = _number(0.0, least=0, most=1)
-    """Share of the training records that occur twice. The guarantee is for one copy: a person whose record
-    occurs twice is two examples, and needs the user as the unit of privacy."""
+    """Share of the training records that occur twice. The guarantee is for a record with its copy, which costs more
+    than for one row (SPECIFICATION.md 7.5)."""
     unseen_instructions: float = _number(0.0, least=0, most=1)
     """Share of the test records whose instruction has a wording that no training record has."""
     test_class_shift: float = _number(1.0, least=1)
@@ -338,7 +362,14 @@ class TrackingConfig:
     entity: str | None = None
     """W&B entity (null: the account's default)."""
     allow_private: bool = False
-    """Also mirror what no guarantee covers: telemetry marked NON_PRIVATE, times, and adapters that must not leave."""
+    """Also mirror telemetry of steps that no guarantee covers: what is marked NON_PRIVATE."""
+    allow_times: bool = False
+    """Private data: mirror while training goes on, with the time of each step, and total time and memory. Otherwise the
+    mirror gets everything in one go at the end."""
+    allow_test_metrics: bool = False
+    """Private data: mirror and upload exact metrics of the test split, whose records no guarantee covers."""
+    allow_adapters: bool = False
+    """Private data: upload adapters without a guarantee, too: trained without privacy, or with known noise."""
     upload_adapters: bool = True
     """Upload the adapter of a finished run, where its data is public or its noise is secret."""
 
@@ -387,15 +418,33 @@ class Config:
 
 
 def noise_mode(config: Config) -> NoiseMode:
-    """The noise mode of a run with `auto` resolved: data that is not a public stand-in is private."""
+    """The noise mode of a run with `auto` resolved: for data that is not published, noise is secret."""
     if config.privacy.noise_mode == "auto":
-        return "reproducible" if is_public(config.data) else "secure"
+        return "reproducible" if is_published(config.data) else "secure"
     return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
 
 
 def is_public(data: DataConfig) -> bool:
-    """Whether the records are a public stand-in for private ones."""
+    """Whether the records are said to be a public stand-in for private ones."""
     return data.name in EMBEDDED_DATA if data.public is None else data.public
+
+
+def is_published(data: DataConfig) -> bool:
+    """Whether the records are public where everybody can look: embedded here, or on the Hub.
+
+    That a file is public is somebody's word, which is one key away from a mistake: it switches nothing off by itself.
+    """
+    return is_public(data) and data.path is None
+
+
+def has_plain_hashes(data: DataConfig) -> bool:
+    """Whether hashes of the records have no key."""
+    return is_published(data) or (is_public(data) and data.plain_hashes)
+
+
+def is_open(data: DataConfig) -> bool:
+    """Whether record, tables and page may hold what tells about single records."""
+    return is_published(data) or (is_public(data) and data.diagnostics)
 
 
 def split_names(data: DataConfig) -> dict[str, str]:

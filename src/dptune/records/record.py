@@ -26,6 +26,8 @@ RECORD_FILE, HISTORY_FILE, EVALUATION_FILE = "record.json", "history.jsonl", "ev
 
 
 ADAPTER_FOLDER = "adapter"
+COST_FILE = "NON_PRIVATE_cost.json"
+"""What a run on private data cost: beside its record, not to be published."""
 
 
 class RecordError(ValueError):
@@ -118,6 +120,8 @@ class Privacy:
     """Number of validation records."""
     stand_in: bool = False
     """The data is public: epsilon is stated as if it were private."""
+    not_covered: list[str] = field(default_factory=list)
+    """Whom or what the guarantee says nothing about, in words; of private data only."""
     groups: dict[str, GroupPrivacy] = field(default_factory=dict)
     """Clip and noise by group."""
     accountants: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -145,7 +149,7 @@ class Parameters:
 
 @dataclass
 class Cost:
-    """What the run cost. Times depend a little on the batches that were drawn: not to be published of private data."""
+    """What the run cost. It depends a little on the batches that were drawn: of private data it is in `COST_FILE`."""
 
     seconds: float
     """Wall-clock seconds of the run, once data and backbone are loaded."""
@@ -182,7 +186,7 @@ class RunRecord:
     parameters: Parameters | None = None
     """How much was trained."""
     cost: Cost | None = None
-    """What it cost."""
+    """What it cost; null of private data."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of
     what a search released, `repetitions` says how many trials it may have had and what each may have cost."""

@@ -320,6 +320,8 @@ def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
         )
     if of("privacy.stand_in"):
         texts.append("Its data is a public stand-in: the guarantee is stated as if it were private.")
+    elif (judged := of("metrics.n")) is not None:
+        texts.append(f"There is no guarantee for the {judged:,.0f} records of the test split: its metrics are exact.")
     return texts
 
 

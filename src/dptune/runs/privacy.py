@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from dptune.config.schema import Config, ConfigError, noise_mode
 from dptune.data.sources import Dataset
+from dptune.data.stability import declared_units, stability_of
 from dptune.privacy.accounting import Reported, calibrate, epsilon_text
 from dptune.privacy.accounting import epsilon as accountant
 from dptune.privacy.events import Event
@@ -33,11 +38,17 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             f"privacy.unit={privacy.unit} needs the author of every training record; "
             "map it with data.columns.user or set privacy.unit=example"
         )
-    num_units = len(users) if privacy.unit == "user_uls" else len(data.train)
+    counted = len(users) if privacy.unit == "user_uls" else len(data.train)
+    stability, declared = stability_of(config), declared_units(config)
+    num_units = counted if declared is None else declared
+    rows = stability.rows if privacy.unit == "example" else 1
     try:
         if not privacy.enabled:
             return PrivacyPlan.non_private(
-                num_units=num_units, expected_batch_size=hyper.expected_batch_size, steps=hyper.steps
+                num_units=num_units,
+                expected_batch_size=hyper.expected_batch_size,
+                steps=hyper.steps,
+                size_declared=declared is not None,
             )
         plan = PrivacyPlan(
             num_units=num_units,
@@ -66,8 +77,10 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             schedule=Schedule(kind=privacy.schedule, ratio=privacy.schedule_ratio),
             one_shot=()
             if privacy.projection != "private"
-            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or 1),),
+            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or rows),),
             noise_mode=mode,
+            rows_per_record=rows,
+            size_declared=declared is not None,
         )
         if privacy.target_epsilon is not None and plan.events():
             plan = calibrated(plan, privacy.target_epsilon)
@@ -103,7 +116,28 @@ def score_epsilon(noise_multiplier: float, delta: float) -> float:
 @functools.lru_cache(maxsize=256)
 def calibrated(plan: PrivacyPlan, target_epsilon: float) -> PrivacyPlan:
     """The plan with the least noise that keeps the target; the runs of a sweep share the search."""
-    return plan.calibrate(target_epsilon)
+    with said_if_slow(f"calibrating the noise of {plan.steps:,} steps to epsilon {target_epsilon:g}"):
+        return plan.calibrate(target_epsilon)
+
+
+PATIENCE = 2.0
+"""Seconds that accounting may take in silence."""
+
+
+@contextmanager
+def said_if_slow(what: str) -> Iterator[None]:
+    """Say on standard error what is being computed, should it take longer than `PATIENCE`. What is said is public."""
+
+    def say() -> None:
+        print(f"dptune: {what}; this may take some minutes", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def privacy_of(
@@ -111,7 +145,13 @@ def privacy_of(
 ) -> Privacy:
     """The guarantee after some steps, computed from the plan that the run was trained with."""
     if not plan.private:
-        return Privacy(private=False, steps=steps, stand_in=data.public, plan=plan.to_dict())
+        return Privacy(
+            private=False,
+            steps=steps,
+            stand_in=data.public,
+            not_covered=not_covered(config, data),
+            plan=plan.to_dict(),
+        )
     return Privacy(
         private=True,
         unit=plan.unit,
@@ -123,6 +163,7 @@ def privacy_of(
         steps=steps,
         noise_mode=plan.noise_mode,
         stand_in=data.public,
+        not_covered=not_covered(config, data),
         groups=groups or {},
         accountants={name: dataclasses.asdict(value) for name, value in side_by_side(plan).items()},
         plan=plan.to_dict(),
@@ -132,14 +173,38 @@ def privacy_of(
 @functools.lru_cache(maxsize=256)
 def side_by_side(plan: PrivacyPlan) -> dict[str, Reported]:
     """Epsilon by every accountant; runs that differ in their seed share it."""
-    return plan.side_by_side()
+    with said_if_slow(f"accounting for {plan.steps:,} steps by every accountant"):
+        return plan.side_by_side()
 
 
 @functools.lru_cache(maxsize=256)
 def epsilon_marks(plan: PrivacyPlan) -> dict[int, float | None]:
     """Epsilon after about every tenth of the steps, None without privacy; all of it depends on the plan alone."""
     marks = np.unique(np.linspace(0, plan.steps, 11)[1:].round().astype(int))
-    return {int(step): plan.epsilon(int(step)) if plan.private else None for step in marks}
+    with said_if_slow(f"accounting for every tenth of {plan.steps:,} steps"):
+        return {int(step): plan.epsilon(int(step)) if plan.private else None for step in marks}
+
+
+def not_covered(config: Config, data: Dataset) -> list[str]:
+    """What the guarantee of a run says nothing about, or nothing to whom; of private data only."""
+    if data.public:
+        return []
+    found = [f"the {len(data.test)} records of the test split: metrics are exact functions of them"]
+    if config.privacy.enabled and noise_mode(config) == "reproducible":
+        found.append(
+            f"anyone who knows the seed ({config.environment.seed}, in this record): none against them, they can take "
+            "the noise off"
+        )
+    return found
+
+
+def uncovered_test(config: Config, data: Dataset) -> str:
+    """What is said before records are judged that no guarantee covers."""
+    leave = "are mirrored" if config.tracking.allow_test_metrics else "stay here (tracking.allow_test_metrics=false)"
+    return (
+        f"test split: no guarantee for its {len(data.test)} records, whose metrics are exact and {leave}; "
+        "data.columns.split and data.splits say which records these are"
+    )
 
 
 def spent(privacy: Privacy) -> str:

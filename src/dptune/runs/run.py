@@ -20,6 +20,7 @@ from dptune.config.schema import Config, ConfigError
 from dptune.data.batches import Ladder
 from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
+from dptune.privacy.ledger import LedgerError
 from dptune.privacy.selection import noisy_score
 from dptune.records import mirror as tracking
 from dptune.records.files import whole_folder, write_atomically
@@ -34,13 +35,14 @@ from dptune.records.record import (
     RunRecord,
     read,
 )
+from dptune.runs.booking import book_run
 from dptune.runs.folder import CHECKPOINT_FOLDER, Report, RunFolder, Steps, log_traceback
-from dptune.runs.privacy import describe, privacy_of, score_epsilon, spent
-from dptune.runs.provenance import peak_memory_mb, provenance
+from dptune.runs.privacy import describe, privacy_of, score_epsilon, spent, uncovered_test
+from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
 from dptune.runs.setup import Setup, load_backbone, set_up
-from dptune.runs.training import AdapterTraining
+from dptune.runs.training import AdapterTraining, ledger_of, load_checkpoint
 from dptune.training import checkpoint
-from dptune.training.checkpoint import Checkpoint, CheckpointError
+from dptune.training.checkpoint import Checkpoint, CheckpointError, CheckpointForged
 from dptune.training.ranks import Ranks, process_group
 
 SKIPPED_FILE = "NON_PRIVATE_skipped.txt"
@@ -84,6 +86,8 @@ def run_as_first_rank(config: Config, overrides: Sequence[str], ranks: Ranks, sa
     if (other := holder(folder)) is not None:
         raise BlockingIOError(f"run {identity} is being done by {other}")
     setup = set_up(config, identity)
+    check_checkpoint(setup, folder)
+    book_run(config, setup, folder)
     with locked(folder) as lock:
         if lock is None:
             raise BlockingIOError(f"run {identity} is being done by another process")
@@ -97,6 +101,7 @@ def run_as_first_rank(config: Config, overrides: Sequence[str], ranks: Ranks, sa
 def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder: RunFolder, ranks: Ranks) -> RunRecord:
     """Do a run in a folder that is this process's, from the checkpoint if there is one."""
     begin = time.perf_counter()
+    check_checkpoint(setup, folder.path)
     record = RunRecord(
         run_id=folder.path.name,
         status="running",
@@ -121,6 +126,8 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         folder.say(f"{setup.data.skipped.count} records were skipped: {folder.path / SKIPPED_FILE}")
         skipped = "".join(f"{line}\n" for line in setup.data.skipped.messages)
         write_atomically(folder.path / SKIPPED_FILE, skipped)
+    if not setup.data.public:
+        folder.log(uncovered_test(config, setup.data))
     tracker = tracking.start(config.tracking, record, folder.path)
     try:
         measure_and_train(config, setup, record, folder, tracker, ranks, start, begin)
@@ -159,7 +166,7 @@ def run_as_other_rank(config: Config, ranks: Ranks) -> RunRecord:
                     f"this process needs {rows} row(s) in a physical batch and the first one {agreed.rows}: their "
                     "machines differ; set compute.physical_batch_size=1"
                 )
-            start = checkpoint.load_checkpoint(folder / CHECKPOINT_FOLDER, setup.stamp) if agreed.step else None
+            start = load_checkpoint(setup, folder) if agreed.step else None
             if setup.plan.steps:
                 AdapterTraining(config, setup, ranks, start).run()
             ranks.barrier()
@@ -201,11 +208,29 @@ def finished_record(folder: Path, config: Config) -> RunRecord | None:
     return record if record is not None and record.is_done and not config.compute.force else None
 
 
+def check_checkpoint(setup: Setup, folder: Path) -> None:
+    """Raises ConfigError for a checkpoint that is not what this run wrote last: going on from it would not be paid for.
+
+    Neither is it started anew: that costs another attempt, which is for a person to decide.
+    """
+    try:
+        start = load_checkpoint(setup, folder)
+        if start is not None and setup.plan.private:
+            ledger_of(setup, folder).check_start(start.step, start.ledger)
+    except (CheckpointForged, LedgerError) as error:
+        raise ConfigError(
+            f"{folder / CHECKPOINT_FOLDER}: {error}; put the right one back, or remove it to start anew, which "
+            "counts as another attempt at the run"
+        ) from None
+    except CheckpointError:
+        return  # Damaged, or of other code: said, and started anew, below.
+
+
 def start_of(setup: Setup, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that a run goes on from; without one, what an earlier attempt left is removed."""
     place = folder.path / CHECKPOINT_FOLDER
     try:
-        start = checkpoint.load_checkpoint(place, setup.stamp)
+        start = load_checkpoint(setup, folder.path)
     except CheckpointError as error:
         folder.log(f"the checkpoint cannot be used: {error}; starting anew")
         start = None
@@ -282,13 +307,14 @@ def measure_and_train(
     if config.privacy.score_noise_multiplier is not None:
         right = sum(answer.correct for answer in judge(model.eval(), data.validation, None)[0])
         record.privacy = scored(record.privacy, right, len(data.validation), config, setup)
-    record.cost = Cost(
+    cost = Cost(
         seconds=time.perf_counter() - begin + earlier,
         training_seconds=training_seconds,
         examples_per_second=plan.steps * plan.expected_batch_size / max(training_seconds, 1e-9),
         peak_memory_mb=peak_memory_mb(config.compute.device),
         device=f"{config.compute.device}, {config.compute.threads} thread(s)",
     )
+    record.cost = keep_cost(cost, folder.path, data.public)
     folder.note(in_one_line(record))  # Whoever asked for the run gets it from the record.
 
 
@@ -298,11 +324,12 @@ _zero_shot: dict[tuple[object, ...], Metrics] = {}
 def in_one_line(record: RunRecord) -> str:
     """The finished run in one line."""
     metrics, floor, privacy, parameters = record.metrics, record.zero_shot, record.privacy, record.parameters
-    assert metrics and floor and privacy and parameters and record.cost
+    assert metrics and floor and privacy and parameters
+    time_taken = f"  {record.cost.seconds:.1f} s" if record.cost else ""
     delta = "" if privacy.epsilon is None else f" at delta {privacy.delta:g}"
     return (
         f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent(privacy)}{delta}  "
-        f"{parameters.trainable:,} of {parameters.total:,} parameters trained  {record.cost.seconds:.1f} s"
+        f"{parameters.trainable:,} of {parameters.total:,} parameters trained{time_taken}"
     )
 
 

@@ -22,14 +22,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from dptune.config.checks import strict
 from dptune.config.extras import check_extras
-from dptune.config.schema import Config, ConfigError, is_public, noise_mode
-from dptune.identity import KEY_FILE, local_key, run_id
+from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, noise_mode
+from dptune.identity import KEY_FILE, keep_local_key, local_key, run_id
 from dptune.privacy.accounting import epsilon_text
+from dptune.privacy.budget import Spending
 from dptune.privacy.events import Event
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records.files import whole_folder, write_atomically, write_once
 from dptune.records.record import RunFailed, RunRecord, has_ended, is_done, read
+from dptune.runs.budget import SECRET_FOLDER as SECRET_FOLDER
+from dptune.runs.budget import book
 from dptune.runs.folder import LOG_FILE
 from dptune.runs.privacy import make_plan
 from dptune.runs.run import in_one_line as in_one_line
@@ -39,8 +42,6 @@ from dptune.sweeps.expand import released_by
 from dptune.sweeps.jobs import Job
 from dptune.sweeps.progress import NotDone, tried
 
-SECRET_FOLDER = "NON_PRIVATE_trials"
-"""Folder, inside the output folder, of all trials of all searches."""
 DRAW_FILE = "search.json"
 """How many trials there are, and which: the secret of a search."""
 WARNING = (
@@ -190,11 +191,28 @@ class Search:
     def _draw(self) -> Draw:
         path = self.secret / DRAW_FILE
         if not path.exists():
+            self._book()
             secret = self.secret.parent
             secret.mkdir(mode=0o700, parents=True, exist_ok=True)
+            secret.chmod(0o700)
             write_atomically(secret / "README", WARNING)
             write_once(path, f"{json.dumps(dataclasses.asdict(self._drawn()))}\n".encode())
         return Draw(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _book(self) -> None:
+        """Book the whole search, before how many trials it has is drawn."""
+        config = self.candidates[0].config
+        keep_local_key(config)
+        limits = [job.config.privacy.budget for job in self.candidates if job.config.privacy.budget is not None]
+        lowest = dataclasses.replace(config.privacy, budget=min(limits, default=None))
+        spending = Spending.of_search(self.events, self.repetitions, config.privacy.delta)
+        book(
+            dataclasses.replace(config, privacy=lowest),
+            data_of(config),
+            self.released.run_id,
+            self.secret,
+            spending,
+        )
 
     def _drawn(self) -> Draw:
         config, name = self.candidates[0].config, f"search {self.released.run_id}"
@@ -217,7 +235,7 @@ class Search:
             environment=dataclasses.replace(job.config.environment, seed=seed),
             compute=dataclasses.replace(job.config.compute, output_root=str(root)),
         )
-        if not is_public(config.data):
+        if not has_plain_hashes(config.data):
             # Private data must have the same fingerprint in a trial as anywhere else.
             key = local_key(self.root)
             write_once(root / KEY_FILE, key)
@@ -243,7 +261,7 @@ class Search:
                 "delta": self.candidates[0].config.privacy.delta,
             },
         }
-        public = is_public(self.candidates[0].config.data)
+        public = is_open(self.candidates[0].config.data)
         released = dataclasses.replace(
             record,
             run_id=self.released.run_id,

@@ -12,7 +12,7 @@ from dptune.config.extras import check_extras, require
 from dptune.config.schema import Config, ConfigError
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
-from dptune.data.sources import Dataset
+from dptune.data.sources import Dataset, public_examples
 from dptune.data.sources import load_dataset as load_data
 from dptune.data.templates import prompt_of, token_counter
 from dptune.evaluation import SHORTEST
@@ -48,6 +48,8 @@ def set_up(config: Config, identity: str) -> Setup:
     check_extras(config)
     data = data_of(config)
     check_texts(data)
+    if config.privacy.projection == "public":
+        public_examples(config, data)  # raises when it is not other data
     plan = make_plan(config, data)
     backbone = load_backbone(config)
     check_free_form(backbone, data)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from dptune.config.schema import Config
 from dptune.data.encoding import Encoded, encode_examples
-from dptune.data.sources import SOURCES
-from dptune.data.sources import load_dataset as load_data
+from dptune.data.sources import public_examples
+from dptune.identity import kept_key, local_key
 from dptune.models import adapters
 from dptune.models.state import AdapterState
 from dptune.privacy.accounting import epsilon_text
@@ -65,9 +66,11 @@ class AdapterTraining:
         self.groups = groups_of({name: value.shape for name, value in self.parameters.items()}, plan.grouping)
         self.ledger: WriteAheadLedger | None = None
         if plan.private and folder is not None:
-            self.ledger = WriteAheadLedger(folder.path / LEDGER_FILE, plan, keys, keys.run, code_version())
+            self.ledger = ledger_of(setup, folder.path)
             if plan.one_shot and start is None:
-                self.ledger.begin(0)
+                self.ledger.begin(0, checkpoint.hash_of(self.parameters))
+            if start is not None:
+                self.ledger.seen(start.step)  # It may have died between checkpoint and ledger.
         rows = training_rows(setup, config.environment.sequence_length, config.data.template)
         sampler = plan.sampler(keys, users=[example.user for example in setup.data.train])
         self.batches = Batches(rows, sampler, setup.path.ladder, config.compute.device)
@@ -137,17 +140,15 @@ class AdapterTraining:
     def _public_rows(self) -> list[Encoded]:
         """The encoded records of public data that belong to the source."""
         config = self.config
-        of_public = SOURCES[config.data.name].public
-        assert of_public is not None  # the config was checked
-        public = load_data(dataclasses.replace(config, data=of_public(config.data)))
+        public = public_examples(config, self.setup.data)
         tokenizer = self.setup.backbone.tokenizer
-        return encode_examples(public.train, tokenizer, config.environment.sequence_length, config.data.template)
+        return encode_examples(public, tokenizer, config.environment.sequence_length, config.data.template)
 
     def _before_step(self, step: int) -> None:
         if self.folder is not None:
             self.folder.lock.check()
         if self.ledger is not None:
-            self.ledger.begin(step)
+            self.ledger.begin(step, checkpoint.hash_of(self.parameters))
         self.ranks.barrier()
         if self.setup.plan.allocation.row.takes_weights:
             # Weights of the adapter as it is now are a function of past releases: free (SPECIFICATION.md 2.5).
@@ -169,14 +170,29 @@ class AdapterTraining:
     def _let_out(self, step: Step, folder: RunFolder) -> None:
         """Make a checkpoint, and show its rows only then: what was seen is never drawn again with other noise."""
         folder.lock.check()
-        made = Checkpoint(step.step, step.seconds, self.history, step.state())
-        checkpoint.save(folder.path / CHECKPOINT_FOLDER, made, self.setup.stamp)
+        position = self.ledger.position if self.ledger else ""
+        made = Checkpoint(step.step, step.seconds, self.history, step.state(), position)
+        checkpoint.save(folder.path / CHECKPOINT_FOLDER, made, self.setup.stamp, kept_key(folder.path.parent))
+        if self.ledger is not None:
+            self.ledger.seen(step.step)
         with (folder.path / HISTORY_FILE).open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in self.history[self._written :])
         self._written = len(self.history)
         for row in self.history[self._shown :]:
             self.tracker.step(row)
         self._shown = len(self.history)
+
+
+def load_checkpoint(setup: Setup, folder: Path) -> Checkpoint | None:
+    """The checkpoint of a run. Raises CheckpointError when it cannot go on from there."""
+    return checkpoint.load_checkpoint(folder / CHECKPOINT_FOLDER, setup.stamp, local_key(folder.parent))
+
+
+def ledger_of(setup: Setup, folder: Path) -> WriteAheadLedger:
+    """The ledger of a private run, opened."""
+    return WriteAheadLedger(
+        folder / LEDGER_FILE, setup.plan, setup.keys, setup.keys.run, code_version(), stand_in=setup.data.public
+    )
 
 
 def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | None) -> str:
