@@ -479,6 +479,14 @@ DATA: list[Any] = [
     # A record that dptune itself wrote twice is two rows.
     ("data_sensitivity.duplicates=1 hyperparameter.expected_batch_size=40", Accounted(rate=0.1, group=2)),
     (f"{FILES}/people.jsonl data_sensitivity.duplicates=1", Accounted(rate=20 / 300, group=2)),
+    (f"{users('user_els', 3)} data_sensitivity.duplicates=1", Accounted(rate=20 / 300, group=3)),
+    (f"{users('user_uls', 3)} data_sensitivity.duplicates=1", Accounted(rate=20 / 30)),
+    (
+        f"{FILES}/people.jsonl data_sensitivity.duplicates=1 privacy.projection=private "
+        "privacy.projection_noise_multiplier=8",
+        Accounted(rate=20 / 300, group=2, beside=(8.0, 2)),
+    ),
+    (f"{FILES}/people.jsonl data_sensitivity.duplicates=1e-9", Accounted(rate=20 / 150, group=2)),
     (f"{FILES}/people.jsonl data_sensitivity.label_noise=0.5", Accounted(rate=20 / 150)),
     (f"{FILES}/people.jsonl data_sensitivity.instruction_perturbation=1", Accounted(rate=20 / 150)),
     (f"{FILES}/people.jsonl data_sensitivity.test_distraction=1", Accounted(rate=20 / 150)),
@@ -581,39 +589,15 @@ DECLARED: list[Any] = [
 TABLE = [*NUMBERS, *SHARING, *BESIDE, *UNITS, *DATA, *COMPUTED, *DECLARED, *SEARCHES]
 
 
-OPEN: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            *("max_grad_norm=1e300", "clipping_stability=1e-300", "schedule_ratio=1e-6", "schedule_ratio=1e-9"),
-            *("projection_noise_multiplier=1e-6", "score_noise_multiplier=1e-6"),
-        ),
-        "numbers of a config are not bounded yet",
-    ),
-    **dict.fromkeys(
-        (
-            *("data.organisation=dev privacy", "not_a_number", "numbers.jsonl", "accents.jsonl"),
-            "user_uls privacy.examples_per_user=3 privacy.delta=1e-3 data.on_bad=skip",
-            *("messages.jsonl", "data.train_size=4000", "task_imbalance=4", "task_weights=[1,3]", "duplicates=1"),
-            *("twice.jsonl data.columns.id=id data.on_bad=skip", "data.declared_"),
-        ),
-        "what happens to data before training has no stability yet",
-    ),
-    "people.jsonl privacy.noise_mode=reproducible": "a public seed may still make the noise of private data",
-}
-"""Pieces of configs that are answered wrongly today, and why; take a line out when the answer is right."""
-
-
 def row_of(overrides: str, outcome: Any) -> Any:
     what = outcome.name if isinstance(outcome, Searched) else type(outcome).__name__.lower()
     name = f"{overrides.replace('{files}/', '')} {what}".strip()
-    why = [reason for piece, reason in OPEN.items() if piece in overrides]
-    return pytest.param(overrides, outcome, id=name, marks=[pytest.mark.xfail(strict=True, reason=w) for w in why])
+    return pytest.param(overrides, outcome, id=name)
 
 
 def test_there_are_more_than_three_hundred_of_them_and_none_twice() -> None:
     assert len(TABLE) >= 300
     assert len({f"{overrides} {outcome}" for overrides, outcome in TABLE}) == len(TABLE)
-    assert all(any(piece in overrides for overrides, _ in TABLE) for piece in OPEN)
 
 
 # --- the data
