@@ -932,7 +932,16 @@ FAULTS = (
         "config/schema.py",
         "return data.name in EMBEDDED_DATA if data.public is None else data.public",
         "return True if data.public is None else data.public",
-        ("unit/test_config.py::test_noise_of_private_data_is_secure_unless_told_otherwise",),
+        ("unit/test_stability.py::test_what_has_no_bound_is_refused_for_private_data",),
+    ),
+    Fault(
+        "a file that is called public loses its protection",
+        "config/schema.py",
+        "return is_public(data) and data.path is None",
+        "return is_public(data)",
+        (
+            "unit/test_sources.py::test_a_file_that_is_said_to_be_public_keeps_every_protection_that_has_a_key_of_its_own",
+        ),
     ),
     Fault(
         "dropout that no plan drew",

@@ -239,11 +239,6 @@ def _check_together(config: Config) -> None:
             "privacy.projection=private is paid for with privacy.projection_noise_multiplier=..., and only it is; "
             "give both or neither"
         )
-    if privacy.projection == "private" and not privacy.enabled:
-        raise ConfigError(
-            "privacy.projection=private with privacy=none: nothing pays for a subspace of private gradients; "
-            "take another privacy.projection"
-        )
     if privacy.projection == "public" and data.name not in EMBEDDED_DATA:
         raise ConfigError(
             f"privacy.projection=public needs public data, which only data={', '.join(EMBEDDED_DATA)} has; use history"
