@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .NOTPARALLEL:
-.PHONY: help setup lock anew sweep status table tables figures claims report notebooks sample backbones sweeps-readme test test-all test-isa check format clean smollm2 sync workspace
+.PHONY: help setup lock anew sweep status table tables figures claims report notebooks sample backbones sweeps-readme test test-all test-isa mutate check format clean smollm2 sync workspace
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -96,6 +96,9 @@ test-all: $(call layer,test) $(SMOLLM2) ## Run the slow tests, too: twenty kills
 test-isa: $(call layer,test) ## Run the numerical tests under the instruction sets of other processors
 	@for sets in "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" ATEN_CPU_CAPABILITY=default; do \
 	 echo "$$sets"; env $$sets $(BIN)/python -m pytest -q -n $(JOBS) -m numerical $(ARGS) || exit; done
+
+mutate: $(call layer,test) ## Plant faults one at a time, each of which a named test must see [ARGS="--only ledger --jobs 4"]
+	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 check: $(call layer,check) ## Formatting, linting and types
 	$(BIN)/ruff format --check .
