@@ -6,8 +6,13 @@ The check needs no data, so that what it decides is public.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import os
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,6 +25,8 @@ from dptune.models.layers import model_type_of
 from dptune.privacy.engines import ENGINES, checked_engine
 from dptune.privacy.gradients import Engine, EngineError
 from dptune.privacy.independence import Probe, check_independence
+from dptune.records.code import code_version
+from dptune.records.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,16 @@ class GradientPath:
     ladder: Ladder
     notes: tuple[str, ...] = ()
     """What was tried before, and why it is not used; for the log."""
+
+    def to_json(self) -> str:
+        """For the cache; what the ladder is made of is in its key."""
+        return json.dumps({"engine": self.engine, "rows": self.ladder.rows, "notes": self.notes})
+
+    @classmethod
+    def from_json(cls, text: str, ladder: Ladder) -> GradientPath:
+        """Inverse of `to_json`."""
+        stored = json.loads(text)
+        return cls(stored["engine"], dataclasses.replace(ladder, rows=stored["rows"]), tuple(stored["notes"]))
 
     def start(self, model: torch.nn.Module) -> Engine:
         """The engine, on the model that was checked; an evaluation may have come between."""
@@ -46,20 +63,48 @@ def checked_path(config: Config, backbone: Backbone, model: torch.nn.Module, pri
     adapters.set_modes(model)
     ladder = Ladder(config.environment.sequence_length, config.compute.physical_batch_size, backbone.layout)
     names = _candidates(config, model)
-    key = (
-        backbone.fingerprint,
-        dataclasses.astuple(config.adapter),
-        dataclasses.astuple(config.compute)[:2],
-        (config.hyperparameter.rank, config.hyperparameter.steps, config.environment.precision),
-        (names, *map(ENGINES.__getitem__, names)),
-        (ladder, private),
-    )
+    key = _key(config, backbone, names, ladder, private)
+    place = Path(config.compute.cache_dir) / "engines" / f"{key}.json"
+    if key not in _checked and place.exists():
+        _checked[key] = GradientPath.from_json(place.read_text(encoding="utf-8"), ladder)
     if key not in _checked:
         _checked[key] = _first_right(config, backbone, model, ladder, names, private)
+        write_atomically(place, _checked[key].to_json())
     return _checked[key]
 
 
-_checked: dict[tuple[object, ...], GradientPath] = {}
+_checked: dict[str, GradientPath] = {}
+
+
+def _key(config: Config, backbone: Backbone, names: Sequence[str], ladder: Ladder, private: bool) -> str:
+    """A digest of everything that the outcome of the check can depend on: what is computed, and with which kernels."""
+    kernels = [torch.__config__.show(), torch.backends.cpu.get_cpu_capability(), platform.processor(), _processor()]
+    switches = sorted(item for item in os.environ.items() if item[0].startswith(_SWITCHES))
+    parts = (
+        code_version(),
+        backbone.fingerprint,
+        dataclasses.astuple(config.adapter),
+        (config.hyperparameter.rank, config.hyperparameter.steps, config.environment.precision),
+        (config.compute.device, config.compute.threads, kernels, switches),
+        [repr(ENGINES[name]) for name in names],
+        (ladder, private),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+_SWITCHES = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_", "TORCH_")
+"""Beginnings of the environment variables that choose kernels."""
+
+
+def _processor() -> str:
+    """Name of what computes, as far as the system tells."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 def _candidates(config: Config, model: torch.nn.Module) -> tuple[str, ...]:
@@ -115,7 +160,8 @@ def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
             name=f"{shape.rows} rows of up to {shape.width - ladder.layout.extra} tokens",
             rows=collate(rows, ladder.layout, shape, device),
             others=collate(others, ladder.layout, shape, device),
-            alone=[collate([row], ladder.layout, device=device) for row in rows[:3]],
+            # The shortest has most padding.
+            alone=[(at, collate([rows[at]], ladder.layout, device=device)) for at in [min(1, len(rows) - 1)]],
         )
 
 
