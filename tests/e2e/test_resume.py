@@ -199,7 +199,7 @@ def test_a_secure_run_goes_on_with_fresh_keys_at_the_same_epsilon(
     for name in ("noise_key", "sampling_key"):
         assert len({row[name] for row in ledger}) == len(ledger)
     assert record.privacy is not None and record.privacy.attempts == 1 and record.privacy.steps == STEPS
-    assert record.privacy.epsilon is not None and record.privacy.epsilon <= 8
+    assert record.guarantee.epsilon is not None and record.guarantee.epsilon <= 8
 
 
 def test_a_secure_run_that_failed_by_itself_begins_another_attempt(

@@ -143,7 +143,7 @@ def test_the_readmes_python_does_a_run_and_opens_its_adapter(tmp_path: Path, mon
     found: dict[str, Any] = {}
     exec(block, found)
     record, model = found["record"], found["model"]
-    assert record.status == "done" and 0 < record.privacy.epsilon <= 8
+    assert record.status == "done" and 0 < record.guarantee.epsilon <= 8
     assert read(tmp_path / "outputs" / record.run_id) == record
     trained = [value for name, value in model.named_parameters() if "lora_B" in name]
     assert (

@@ -225,7 +225,7 @@ SUMMARY = {
         "rouge_l",
     ),
     "zero_shot": ("accuracy", "bleu", "rouge_l"),
-    "privacy": ("epsilon", "target_epsilon", "delta", "noise_multiplier", "noise_mode"),
+    "privacy": ("target_epsilon", "delta", "noise_multiplier", "noise_mode"),
     "parameters": ("total", "trainable"),
     "cost": ("seconds", "examples_per_second", "peak_memory_mb"),
 }
@@ -235,9 +235,15 @@ TASK_TABLE = "evaluation/by_task"
 
 
 def mirrored_summary(record: RunRecord, allow_private: bool = False) -> dict[str, Any]:
-    """Accuracy, epsilon, parameter counts and cost, with names such as `metrics/accuracy` and `tasks/<task>`."""
+    """Accuracy, guarantee, parameter counts and cost, with names such as `metrics/accuracy` and `tasks/<task>`."""
     content = dataclasses.asdict(record)
     found: dict[str, Any] = {"status": record.status}
+    if (guarantee := record.guarantee) is not None:
+        found |= {f"guarantee/{name}": value for name, value in guarantee.summary().items()}
+        # The key by which plots know it; and that of the history, of whose last row a mirror makes its summary.
+        found |= dict.fromkeys(("privacy/epsilon", "epsilon"), guarantee.shown)
+        if guarantee.of_search:
+            content["privacy"]["target_epsilon"] = None  # It was that of one trial.
     for part, names in SUMMARY.items():
         if part == "cost" and not (allow_private or record.privacy is None or record.privacy.stand_in):
             continue  # How long steps take depends on the batches that were really drawn.
@@ -309,9 +315,8 @@ def adapter_artifact(record: RunRecord, folder: Path) -> Any:
     """The adapter's folder as a W&B artifact that says what it guarantees."""
     import wandb
 
-    assert record.privacy is not None
-    stated = {name: getattr(record.privacy, name) for name in ("private", "epsilon", "delta", "unit", "noise_mode")}
-    stated |= {"stand_in": record.privacy.stand_in, "record": file_hash(folder / RECORD_FILE)}
+    assert record.guarantee is not None
+    stated = record.guarantee.summary() | {"record": file_hash(folder / RECORD_FILE)}
     artifact = wandb.Artifact(f"adapter-{record.run_id}", type="adapter", metadata=stated)
     for path in sorted((folder / ADAPTER_FOLDER).iterdir()):
         artifact.add_file(str(path))

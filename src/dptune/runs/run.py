@@ -28,8 +28,8 @@ from dptune.data.sources import load_dataset as load_data
 from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
 from dptune.models.state import AdapterState
-from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.allocation import lora_group_weights
+from dptune.privacy.guarantee import GUARANTEE_FILE, epsilon_text, rounded_up
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
@@ -42,14 +42,17 @@ from dptune.records.record import (
     ADAPTER_FOLDER,
     EVALUATION_FILE,
     HISTORY_FILE,
+    LEDGER_FILE,
     Cost,
     GroupPrivacy,
     Metrics,
     Privacy,
     RunRecord,
+    guarantee_of,
+    guarantee_page,
     read,
 )
-from dptune.runs.privacy import describe, epsilon_marks, privacy_of, score_epsilon, spent
+from dptune.runs.privacy import describe, epsilon_marks, privacy_of, spent
 from dptune.runs.provenance import peak_memory_mb, provenance
 from dptune.runs.setup import Setup, load_backbone, make_engine, set_up, training_format, training_rows
 from dptune.sweeps.progress import in_time
@@ -59,7 +62,7 @@ from dptune.training.loop import Step, train
 from dptune.training.projection import make_projection
 from dptune.training.ranks import Ranks, process_group
 
-LOG_FILE, LEDGER_FILE, CHECKPOINT_FOLDER = "run.log", "ledger.jsonl", "checkpoint"
+LOG_FILE, CHECKPOINT_FOLDER = "run.log", "checkpoint"
 
 SKIPPED_FILE = "NON_PRIVATE_skipped.txt"
 """Bad records that `data.on_bad=skip` left out; not to be published."""
@@ -126,8 +129,10 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         config=dataclasses.asdict(config),
         sweep=config.sweep,
         method=config.method,
+        privacy=privacy_of(setup.plan, config, setup.data, 0),
         provenance=provenance(config, setup, overrides),
     )
+    record.guarantee = guarantee_of(record, folder.path)
     # A forced run replaces a finished record only by a finished one.
     replaces = (before := read(folder.path)) is not None and before.status == "done"
     if not replaces:
@@ -154,6 +159,7 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
     except Exception as error:
         record.status = "failed"
         record.error = " ".join(f"{type(error).__name__}: {error}".split())
+        record.guarantee = guarantee_of(record, folder.path)
         log_traceback(folder.path)
         if not replaces:
             record.write(folder.path)
@@ -161,6 +167,8 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         folder.log("interrupted; the same command goes on from the last checkpoint")
         raise
     finally:
+        if record.status == "running":
+            record.guarantee = guarantee_of(record, folder.path)
         tracker.finish(record)
     return record
 
@@ -310,7 +318,6 @@ def measure_and_train(
 
     earlier = start.seconds if start else 0.0
     training_begin = time.perf_counter() - earlier
-    record.privacy = privacy_of(plan, config, data, 0)
     if plan.steps:
         record.privacy = train_adapter(config, setup, ranks, start, folder, tracker)
     training_seconds = time.perf_counter() - training_begin
@@ -321,10 +328,12 @@ def measure_and_train(
     lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in judgements)
     folder.lock.check()
     write_atomically(folder.path / EVALUATION_FILE, "".join(lines))
-    save_adapter(model, folder.path / ADAPTER_FOLDER)
+    record.guarantee = guarantee_of(dataclasses.replace(record, status="done"), folder.path)
+    save_adapter(model, folder.path / ADAPTER_FOLDER, guarantee_page(record))
     if config.privacy.score_noise_multiplier is not None:
         # One at a time: beside others a record would be padded, and its rounding would depend on them.
         right = sum(judge(model.eval(), tokenizer, [example], None)[0][0].correct for example in data.validation)
+        assert record.privacy is not None
         record.privacy = scored(record.privacy, right, len(data.validation), config, setup)
     record.cost = Cost(
         seconds=time.perf_counter() - begin + earlier,
@@ -405,7 +414,7 @@ def train_adapter(
 
     history = list(start.history) if start else []
     shown = 0
-    marks = epsilon_marks(plan)
+    marks: dict[int, float | None] = {}
 
     def let_out(step: Step) -> None:
         """Make a checkpoint, and show its rows only then: what was seen is never drawn again with other noise."""
@@ -439,6 +448,7 @@ def train_adapter(
             adapter=AdapterState(model),
             start=start,
         ):
+            marks = marks or epsilon_marks(plan, ledger.rows if ledger else ())
             history.append(history_row(step, marks.get(step.step)))
             if step.step % config.compute.checkpoint_every == 0 or step.step == plan.steps:
                 let_out(step)
@@ -473,11 +483,11 @@ def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | Non
 
 def in_one_line(record: RunRecord) -> str:
     """The finished run in one line."""
-    metrics, floor, privacy, parameters = record.metrics, record.zero_shot, record.privacy, record.parameters
-    assert metrics and floor and privacy and parameters and record.cost
-    delta = "" if privacy.epsilon is None else f" at delta {privacy.delta:g}"
+    metrics, floor, guarantee, parameters = record.metrics, record.zero_shot, record.guarantee, record.parameters
+    assert metrics and floor and guarantee and parameters and record.cost
+    delta = "" if guarantee.epsilon is None else f" at delta {guarantee.delta:g}"
     return (
-        f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent(privacy)}{delta}  "
+        f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent(record)}{delta}  "
         f"{parameters.trainable:,} of {parameters.total:,} parameters trained  {record.cost.seconds:.1f} s"
     )
 
@@ -487,7 +497,7 @@ def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
     return {
         "step": step.step,
         "learning_rate": step.learning_rate,
-        "epsilon": epsilon,
+        "epsilon": None if epsilon is None else rounded_up(epsilon),
         "noise_multiplier": step.effective_noise_multiplier,
         "NON_PRIVATE/seconds": round(step.seconds, 3),
         **{f"noise_std/{group}": value for group, value in step.noise_std.items()},
@@ -496,26 +506,23 @@ def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
 
 
 def scored(guarantee: Privacy, right: int, records: int, config: Config, setup: Setup) -> Privacy:
-    """The guarantee of a run that also releases its score.
-
-    No record is both trained on and counted, so that the larger epsilon holds (SPECIFICATION.md 8.2).
-    """
+    """How a run was trained that also releases its score."""
     sigma = config.privacy.score_noise_multiplier
-    assert sigma is not None and guarantee.epsilon is not None
+    assert sigma is not None
     return dataclasses.replace(
         guarantee,
-        epsilon=max(guarantee.epsilon, score_epsilon(sigma, setup.plan.delta)),
         score=noisy_score(right, sigma, setup.keys),
         score_noise_multiplier=sigma,
         score_of=records,
     )
 
 
-def save_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Write the adapter; a half-written folder is never seen."""
+def save_adapter(model: torch.nn.Module, folder: Path, page: str) -> None:
+    """Write the adapter, with a page on what it guarantees; a half-written folder is never seen."""
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         adapters.save(model, draft)
+        write_atomically(draft / GUARANTEE_FILE, page)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(draft, folder)

@@ -26,12 +26,23 @@ from dptune.config.checks import strict
 from dptune.config.extras import check_extras
 from dptune.config.schema import Config, ConfigError, is_public, noise_mode
 from dptune.identity import local_key, run_id
-from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.events import Event
+from dptune.privacy.guarantee import GUARANTEE_FILE
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
+from dptune.privacy.spent import group_size_of
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records.files import write_atomically
-from dptune.records.record import RunFailed, RunRecord, read, run_state
+from dptune.records.record import (
+    ADAPTER_FOLDER,
+    HISTORY_FILE,
+    RunFailed,
+    RunRecord,
+    copies_in,
+    guarantee_of,
+    guarantee_page,
+    read,
+    run_state,
+)
 from dptune.runs.privacy import make_plan
 from dptune.runs.run import LOG_FILE, run
 from dptune.runs.run import in_one_line as in_one_line
@@ -150,7 +161,8 @@ class Search:
         kinds: dict[tuple[Event, ...], None] = {}
         for config in (job.config for job in self.candidates):
             assert config.privacy.score_noise_multiplier is not None
-            kinds[make_plan(config, data).events()] = None
+            copies = copies_in(config.data_sensitivity)
+            kinds[tuple(group_size_of(event, copies) for event in make_plan(config, data).events())] = None
             kinds[(score_event(config.privacy.score_noise_multiplier),)] = None
         return tuple(kinds)
 
@@ -186,8 +198,7 @@ class Search:
                 f"search {self.released.run_id}: every trial failed, nothing is released. NON-PRIVATE: the reasons are "
                 f"in {self.secret}; a new search, with another environment.seed=..., costs as much again"
             )
-        self._let_out(folder_of(trials[best]), record)
-        return f"{self.released.run_id}  {in_one_line(record)}  epsilon of the search {epsilon_text(self.epsilon)}"
+        return f"{self.released.run_id}  {in_one_line(self._let_out(folder_of(trials[best]), record))}"
 
     def _draw(self) -> Draw:
         path = self.secret / DRAW_FILE
@@ -229,8 +240,12 @@ class Search:
         overrides += [f"{name}={value}" for name, value in given.items()]
         return Job(run_id(config), config, tuple(overrides), job.varied)
 
-    def _let_out(self, trial: Path, record: RunRecord) -> None:
-        """Copy a trial without what tells which trial it was: its number, and when it ran."""
+    def _let_out(self, trial: Path, record: RunRecord) -> RunRecord:
+        """Copy a trial without what tells which trial it was: its number, and when it ran; with the search's guarantee.
+
+        Raises:
+            OSError: when the folder cannot be written.
+        """
         draft = self.secret / f".released.{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         shutil.copytree(trial, draft, ignore=shutil.ignore_patterns(*NOT_RELEASED), copy_function=shutil.copyfile)
@@ -247,7 +262,6 @@ class Search:
                 "eta": self.repetitions.eta if math.isfinite(self.repetitions.eta) else "inf",
                 "score_is_covered": True,
                 "candidates": [[dataclasses.asdict(event) for event in events] for events in self.events],
-                "epsilon": self.epsilon,
                 "delta": self.candidates[0].config.privacy.delta,
             },
         }
@@ -260,6 +274,12 @@ class Search:
             # The memory of a process is that of all trials that it did; the time of private runs is not told at all.
             cost=record.cost if public else None,
         )
+        released.guarantee = guarantee_of(released, draft)
+        if (draft / ADAPTER_FOLDER).is_dir():
+            write_atomically(draft / ADAPTER_FOLDER / GUARANTEE_FILE, guarantee_page(released))
+        # The epsilons of a trial on its way are not what its release costs.
+        rows = [json.loads(line) for line in (draft / HISTORY_FILE).read_text(encoding="utf-8").splitlines()]
+        write_atomically(draft / HISTORY_FILE, "".join(json.dumps(row | {"epsilon": None}) + "\n" for row in rows))
         released.write(draft)
         try:
             os.replace(draft, self.folder)
@@ -268,6 +288,7 @@ class Search:
                 raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+        return released
 
 
 def trial(tree: DictConfig) -> NotDone | None:
