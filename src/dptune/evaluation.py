@@ -108,7 +108,7 @@ def evaluate(
         answers |= dict.fromkeys(indices, output)
         references = tuple(examples[index].output for index in indices)
         written.append(Written(examples[indices[0]].task, output.strip(), references))
-    judgements = [
+    test_items = [
         Answer(
             task=example.task,
             correct=is_correct(answers[index], example),
@@ -117,7 +117,7 @@ def evaluate(
         )
         for index, example in enumerate(examples)
     ]
-    return judgements, written
+    return test_items, written
 
 
 def greedy(
@@ -176,21 +176,21 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
-def metrics_of(judgements: Sequence[Answer], written: Sequence[Written] = ()) -> Metrics:
+def metrics_of(test_items: Sequence[Answer], written: Sequence[Written] = ()) -> Metrics:
     """Macro averages over tasks. Raises ValueError when there is nothing to average."""
-    accuracies = _accuracy_by_task(judgements)
+    accuracies = _accuracy_by_task(test_items)
     texts = by_task(written)
-    unseen = [item for item in judgements if item.unseen]
-    counts = {task: sum(item.task == task for item in judgements) for task in accuracies}
+    unseen = [item for item in test_items if item.unseen]
+    counts = {task: sum(item.task == task for item in test_items) for task in accuracies}
     return Metrics(
         accuracy=statistics.fmean(accuracies.values()),
         accuracy_by_task=accuracies,
         worst_task=min(accuracies, key=accuracies.__getitem__),
         spread_over_tasks=statistics.pstdev(accuracies.values()),
         accuracy_unseen=statistics.fmean(_accuracy_by_task(unseen).values()) if unseen else None,
-        response_perplexity=math.exp(min(statistics.fmean(item.loss for item in judgements), 700.0)),
-        n=len(judgements),
-        n_unseen=None if judgements[0].unseen is None else len(unseen),
+        response_perplexity=math.exp(min(statistics.fmean(item.loss for item in test_items), 700.0)),
+        n=len(test_items),
+        n_unseen=None if test_items[0].unseen is None else len(unseen),
         n_by_task=counts,
         bleu=statistics.fmean(score for score, _ in texts.values()) if texts else None,
         bleu_by_task={task: score for task, (score, _) in texts.items()},
@@ -199,9 +199,9 @@ def metrics_of(judgements: Sequence[Answer], written: Sequence[Written] = ()) ->
     )
 
 
-def _accuracy_by_task(judgements: Sequence[Answer]) -> dict[str, float]:
+def _accuracy_by_task(test_items: Sequence[Answer]) -> dict[str, float]:
     correct: dict[str, list[bool]] = defaultdict(list)
-    for item in judgements:
+    for item in test_items:
         correct[item.task].append(item.correct)
     return {task: statistics.fmean(correct[task]) for task in sorted(correct)}
 

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
 from dptune.config.files import data_files
 from dptune.config.schema import CHECKSUMS, EMBEDDED, SHIPPED, Config, is_public
+from dptune.records.files import write_once
 
 NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
 """Parts of the config that do not name a run: they cannot change its numbers."""
@@ -65,17 +65,7 @@ def keep_local_key(config: Config) -> bool:
     path = output_root / KEY_FILE
     if is_public(config.data) or path.exists():
         return False
-    output_root.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.touch(mode=0o600)
-    draft.write_bytes(_new_key(output_root.absolute()))
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return True
-    finally:
-        draft.unlink()
-    return False
+    return not write_once(path, _new_key(output_root.absolute()))
 
 
 @functools.cache

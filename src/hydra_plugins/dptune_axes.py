@@ -138,7 +138,6 @@ def refuse_torchrun() -> None:
 
 
 def _is_done(job: "Job") -> bool:
-    from dptune.records.record import run_state
+    from dptune.records.record import is_done
 
-    seen = run_state(Path(job.config.compute.output_root) / job.run_id)
-    return seen is not None and seen.status == "done"
+    return is_done(Path(job.config.compute.output_root) / job.run_id)

@@ -77,7 +77,7 @@ def test_cells_can_be_computed_from_the_files_with_pandas_alone(tmp_path: Path) 
         plant(tmp_path, config("uniform", seed), a, b)
     results = load_results(tmp_path)
     (setting,) = settings_of(results.runs)
-    found = estimate(setting, ACCURACY, results.judgements(setting.run_ids))
+    found = estimate(setting, ACCURACY, results.test_items(setting.run_ids))
     assert found is not None
 
     frames = []

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "privacy": set(),
     "config": {"privacy"},
     "records": {"config", "privacy"},
-    "identity": {"config"},
+    "identity": {"config", "records"},
     "data": {"config", "identity"},
     "models": {"config", "data", "identity", "records"},
     "evaluation": {"config", "data", "records"},

@@ -8,6 +8,7 @@ import pytest
 from dptune.privacy.guarantee import Guarantee, Release
 from dptune.records import frame
 from dptune.records import record as records
+from dptune.records.files import whole_folder, write_once
 from dptune.records.record import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RecordError, RunRecord
 
 
@@ -103,3 +104,23 @@ def test_records_of_different_shapes_share_a_table() -> None:
     assert made["config.method"].dropna().tolist() == ["x"]
     assert made["parameters.fraction"].tolist() == [0.01] * 3
     assert made["privacy.groups"][0] == {"all": GroupPrivacy(10, 1.0)}
+
+
+def test_a_folder_appears_whole_and_never_over_another(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    with whole_folder(folder) as draft:
+        (draft / "a").write_text("1")
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    with pytest.raises(OSError), whole_folder(folder) as draft:
+        (draft / "b").write_text("2")
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "other", within=tmp_path) as draft:
+        (draft / "c").write_text(str(1 / 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["made"] and (folder / "a").read_text() == "1"
+
+
+def test_of_two_that_create_a_file_the_first_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "key"
+    assert write_once(path, b"first") and not write_once(path, b"second")
+    assert path.read_bytes() == b"first" and path.stat().st_mode & 0o777 == 0o600
+    assert list(path.parent.iterdir()) == [path]

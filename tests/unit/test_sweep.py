@@ -9,7 +9,8 @@ from hydra.core.global_hydra import GlobalHydra
 from dptune.config.checks import strict
 from dptune.config.schema import EMBEDDED, Config, ConfigError
 from dptune.identity import run_id
-from dptune.report.claims import FEWEST_CONDITIONS, FEWEST_SEEDS, TESTS
+from dptune.report.claims import FEWEST_SEEDS, TESTS
+from dptune.report.effects import FEWEST_CONDITIONS
 from dptune.sweeps import expand as sweep
 from dptune.sweeps import jobs, readme
 from dptune.sweeps.expand import expand, grid, included, jobs_of_sweep, names, parts, without_hydra

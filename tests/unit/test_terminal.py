@@ -18,7 +18,7 @@ from dptune.records.record import RunRecord
 from dptune.report import commands
 from dptune.report.render import markdown
 from dptune.report.results import load_results
-from dptune.report.tables import NONE, Cell, Column, Parts, Table, main_table
+from dptune.report.tables import NONE, SETTING_COLUMNS, Cell, Parts, Table, main_table
 from dptune.report.terminal import NARROWEST, WIDEST, narrow, width_of, wrapped
 
 SAMPLE = Path(__file__).parents[2] / "analysis" / "sample"
@@ -62,9 +62,13 @@ def joined(lines: list[str] | str) -> str:
 
 def by_hand(*rows: dict[str, Cell], notes: tuple[str, ...] = (), title: str = "t") -> Table:
     """A table with these rows."""
-    heads = {"row": "#", "setting": "setting", "accuracy": "accuracy [95 %] (n)", "epsilon": "ε spent/target"}
-    numbered = tuple({"row": Cell(str(at)), "accuracy": Cell(NONE), **row} for at, row in enumerate(rows, 1))
-    return Table("t", title, tuple(Column(key, head) for key, head in heads.items()), numbered, notes)
+    columns = tuple(
+        dataclasses.replace(column, direction="")
+        for column in SETTING_COLUMNS
+        if column.key in ("row", "setting", "accuracy", "epsilon")
+    )
+    numbers = [{"row": Cell(str(at), parts=Parts(str(at))), "accuracy": Cell(NONE)} for at in range(1, len(rows) + 1)]
+    return Table("t", title, columns, tuple(a | b for a, b in zip(numbers, rows, strict=True)), notes)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -182,7 +186,9 @@ def test_a_column_without_room_is_named_below() -> None:
     columns = {"setting": "setting", "accuracy": "a", "bleu": "BLEU", "rouge_l": "ROUGE-L", "trainable": "trainable"}
     numbers = {key: Cell("", parts=Parts("0.123", "[0.000, 1.000]")) for key in ("accuracy", "bleu", "rouge_l")}
     row = {"setting": Cell("seventeen=letters"), **numbers, "trainable": Cell("", parts=Parts("1,234,567,890"))}
-    table = Table("t", "t", tuple(Column(key, title) for key, title in columns.items()), (row,))
+    known = {column.key: column for column in SETTING_COLUMNS}
+    made = tuple(dataclasses.replace(known[key], title=title, direction="") for key, title in columns.items())
+    table = Table("t", "t", made, (row,))
     text = narrow(table, NARROWEST)
     lines = text.splitlines()
     assert "BLEU" in lines[2] and "ROUGE-L" in lines[2] and "trainable" not in lines[2]

@@ -22,8 +22,9 @@ SHIPPED, CHECKSUMS = Path(__file__).parents[1] / "models" / "shipped", "SHA256SU
 """Folder of the shipped backbones, and the file in each that has the hashes of the others."""
 
 
-EMBEDDED_DATA = ("supportdesk",)
-"""Data that is made by the package: it needs no file, and is public. What makes it: `dptune.data.sources.SOURCES`."""
+EMBEDDED_DATA = {"supportdesk": "organisation"}
+"""Data that is made by the package (`dptune.data.sources.SOURCES`): it needs no file, and is public. By its name: the
+field of `DataConfig` that chooses among its variants."""
 
 
 SPLITS = ("train", "validation", "test")
@@ -179,7 +180,7 @@ class ColumnsConfig:
 class DataConfig:
     """The instructions and tasks. How to bring your own: `src/dptune/data/README.md`."""
 
-    name: str = EMBEDDED_DATA[0]
+    name: str = next(iter(EMBEDDED_DATA))
     """`supportdesk` is embedded; any other name is a label of the records at `path` or `hub_id`."""
     path: str | None = None
     """A file (.jsonl, .json, .csv, .tsv, each also with .gz, or .parquet), a folder of such files, a pattern like

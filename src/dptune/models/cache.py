@@ -1,12 +1,11 @@
 """Folders that are made once, each in one piece, by one of the processes that want them."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from dptune.records.files import whole_folder
 
 
 def made_once(cache_dir: Path, name: str, make: Callable[[Path], None]) -> Path:
@@ -26,11 +25,6 @@ def made_once(cache_dir: Path, name: str, make: Callable[[Path], None]) -> Path:
     with FileLock(cache_dir / f"{name}.lock"):
         if folder.is_dir():
             return folder
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
-        try:
+        with whole_folder(folder) as draft:
             make(draft)
-            draft.chmod(0o755)
-            os.replace(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     return folder

@@ -108,7 +108,7 @@ class WandbTracker(Mirror):
         wanted = self.config.upload_adapters and (self.config.allow_private or releasable(record))
         if wanted and (self.folder / ADAPTER_FOLDER).is_dir():
             self.run.log_artifact(adapter_artifact(record, self.folder))
-        self.run.finish(exit_code=0 if record.status == "done" else 1)
+        self.run.finish(exit_code=0 if record.is_done else 1)
 
 
 class TrackioTracker(Mirror):

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from dptune.config.schema import DataSensitivityConfig
 from dptune.privacy.guarantee import Guarantee, recipe
 from dptune.records.files import write_atomically
+from dptune.records.state import State
 
 SCHEMA_VERSION = 2
 """Records of version 1, which stated epsilon in `privacy`, are read too: their guarantee is made from what they hold."""
@@ -192,6 +193,11 @@ class RunRecord:
     schema_version: int = SCHEMA_VERSION
     """Version of this schema."""
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has results."""
+        return self.status == "done"
+
     def write(self, folder: Path) -> Path:
         """Write `record.json` atomically: a reader sees the old record or the new one, never half of it."""
         content = dataclasses.asdict(self)
@@ -293,6 +299,23 @@ class RunState:
     error: str | None
     code: str | None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has results."""
+        return self.status == State.DONE
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a folder has the results of a run."""
+    seen = run_state(folder)
+    return seen is not None and seen.is_done
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run of a folder is done or has failed."""
+    seen = run_state(folder)
+    return seen is not None and (seen.is_done or seen.status == State.FAILED)
+
 
 def run_state(folder: Path) -> RunState | None:
     """A few fields of a record, ten times as fast as all of it; None when there is no record.
@@ -391,7 +414,7 @@ def _check(record: RunRecord) -> None:
         raise ValueError(f"status is {record.status!r}, not running, done or failed")
     if not isinstance(record.config, dict) or not isinstance(record.provenance, dict):
         raise ValueError("config and provenance must be objects")
-    if record.status == "done" and (record.metrics is None or record.privacy is None):
+    if record.is_done and (record.metrics is None or record.privacy is None):
         raise ValueError("a finished run needs metrics and privacy")
     for name, part in (("metrics", record.metrics), ("zero_shot", record.zero_shot)):
         shares = [] if part is None else [part.accuracy, *part.accuracy_by_task.values()]
@@ -400,7 +423,7 @@ def _check(record: RunRecord) -> None:
         if part is not None and not (0 <= (part.bleu or 0) <= 100 and 0 <= (part.rouge_l or 0) <= 1):
             raise ValueError(f"{name} holds a BLEU outside [0, 100] or a ROUGE-L outside [0, 1]")
     privacy, guarantee = record.privacy, record.guarantee
-    if record.status == "done" and privacy is not None and privacy.private:
+    if record.is_done and privacy is not None and privacy.private:
         epsilon = None if guarantee is None else guarantee.epsilon
         # A run of no steps, such as zero-shot, looks at no training data: its epsilon is 0.
         if epsilon is not None and not (epsilon > 0 or epsilon == privacy.steps == 0):

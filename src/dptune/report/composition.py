@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MANY = 12
 """Above this many different releases the exact accountant would take minutes; Rényi DP bounds them at once."""
 
+OF_RUNS, OF_A_SEARCH = REFERENCE.upper(), OF_SEARCHES.upper()
+"""The accountants of what the views state, as they are written there."""
+
 MEAN = "provenance.repetitions.mean"
 """Column of runs that a search released."""
 
@@ -110,11 +113,11 @@ def _together(
     if not searches and len(kinds) <= MANY:
         # No record is in both splits, so that the larger epsilon holds.
         parts = [epsilon_all([part], delta) for part in (events, scores) if part]
-        return max(parts, default=0.0), REFERENCE.upper()
+        return max(parts, default=0.0), OF_RUNS
     total = np.maximum(renyi_curve(events), renyi_curve(scores))
     for search in searches:
         total = total + curve_best(search.candidates, search.repetitions)
-    return optimum(total, delta)[0], OF_SEARCHES.upper()
+    return optimum(total, delta)[0], OF_A_SEARCH
 
 
 def _events(runs: pd.DataFrame, part: str) -> tuple[Event, ...]:

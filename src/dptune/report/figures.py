@@ -309,7 +309,7 @@ def points(results: Results) -> list[dict[str, Any]]:
     """One point a setting: its method, budget, size and accuracy with interval."""
     rows = []
     for setting in results.settings:
-        found = estimate(setting, ACCURACY, results.judgements(setting.run_ids))
+        found = estimate(setting, ACCURACY, results.test_items(setting.run_ids))
         if found is None:
             continue
         spent = [value for value in setting.values("privacy.epsilon") if value is not None]
@@ -472,7 +472,7 @@ def _alone(results: Results, settings: Sequence[Setting], name: str) -> list[dic
     rows = []
     for family in largest.values():
         for setting in family:
-            if found := estimate(setting, ACCURACY, results.judgements(setting.run_ids)):
+            if found := estimate(setting, ACCURACY, results.test_items(setting.run_ids)):
                 row = {
                     "setting": setting.label,
                     "method": _method(setting),

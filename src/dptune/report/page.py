@@ -15,14 +15,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dptune.privacy.accounting import REFERENCE, epsilon_text
+from dptune.privacy.accounting import epsilon_text
 from dptune.records.files import write_atomically
+from dptune.records.state import State
 from dptune.report.claims import Claim, claims
-from dptune.report.composition import compositions
+from dptune.report.composition import OF_RUNS, compositions
 from dptune.report.figures import all_figures, thinned
 from dptune.report.results import Results, history
 from dptune.report.settings import SEED, Setting, codes, plain, settings_of
-from dptune.report.tables import ACCURACY, SECONDS, Cell, Table, estimate, in_words
+from dptune.report.tables import ACCURACY, SECONDS, Cell, Table, estimate, in_words, protected
 
 HISTORY_POINTS = 40
 """Steps of a run's history that are shown."""
@@ -291,20 +292,19 @@ def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
     def of(name: str) -> Any:
         return columns[name][row] if name in columns else None
 
-    if columns["state"][row] != "done":
+    if columns["state"][row] != State.DONE:
         return ["This run has no result, so nothing is said of its privacy; its ledger says what it began to release."]
     if not of("privacy.private"):
         return ["This run is not private: it was trained without clipping and noise and guarantees nothing."]
     epsilon, delta, unit = of("privacy.epsilon"), of("privacy.delta"), str(of("privacy.unit"))
-    who = "one record" if unit == "example" else "one user, with all their records"
+    who = protected(unit)
     texts = [
         f"Whoever sees everything this run published can tell whether {who} was in the training data only within "
         f"ε = {epsilon_text(epsilon)} at δ = {delta:g}: whatever they conclude is at most "
         f"{math.exp(min(epsilon, 700)):.3g} times as likely with {who} as without, but for a chance of {delta:g}."
         if epsilon is not None and delta is not None
         else "The record does not say what this run spent.",
-        f"This is an upper bound by the {REFERENCE.upper()} accountant for this run alone; choosing it among others "
-        "costs more.",
+        f"This is an upper bound by the {OF_RUNS} accountant for this run alone; choosing it among others costs more.",
     ]
     accountants = of("privacy.accountants") or {}
     if isinstance(accountants, dict) and accountants:
@@ -348,7 +348,7 @@ def counted(results: Results) -> str:
 
 
 def _accuracy(results: Results, setting: Setting) -> Any:
-    return estimate(setting, ACCURACY, results.judgements(setting.run_ids))
+    return estimate(setting, ACCURACY, results.test_items(setting.run_ids))
 
 
 def _cell(cell: Cell | None, key: str) -> str:

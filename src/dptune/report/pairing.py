@@ -1,22 +1,35 @@
-"""Which runs of two methods may be set against each other: same data, same guarantee, same seed, same conditions.
+"""Which runs of two methods are compared as a pair: same data, guarantee and seed, under the same conditions.
 
-A run is described by parts of its config. The method is its adapter and privacy setting without the budget; what is
-held fixed and what is varied as a condition depends on the question. Within a condition the methods are paired at equal
-hyperparameters; where each was run at one setting only, chosen for it, those two are paired.
+A run is described by parts of its config (`PARTS`). Which of them are held fixed and which is varied as a condition
+depends on the claim. Within a condition the methods are paired at equal hyperparameters; where each was run at one
+setting only, chosen for it, those two are paired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dptune.records.state import State
 from dptune.report.results import Results
-from dptune.report.settings import SEED, plain
+from dptune.report.settings import BACKBONE, CONDITION, DATA, GUARANTEE, HYPERPARAMETER, SEED, TARGET, plain
 
-BUDGET = ("target_epsilon", "noise_multiplier", "delta", "noise_mode", "unit", "examples_per_user")
+SIGMA, PER_USER = "config.privacy.noise_multiplier", "config.privacy.examples_per_user"
+BUDGET = (TARGET, SIGMA, PER_USER, *(f"config.{name}" for name in GUARANTEE))
 """Fields of `config.privacy` that say how much is spent on whom, not how."""
+PARTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "method": (("config.adapter.", "config.privacy."), BUDGET),
+    "target": ((TARGET, SIGMA), ()),
+    "hyperparameter": ((HYPERPARAMETER,), ()),
+    "environment": (("config.environment.",), (SEED,)),
+    "data": ((CONDITION, DATA), ()),
+    "fixed": (
+        ("config.model.", "config.data.", "config.evaluation.", BACKBONE, *GUARANTEE, "privacy.stand_in", PER_USER),
+        (),
+    ),
+}
+"""By part of a run: how the columns that describe it begin, and those that are left out."""
 Key = tuple[str, ...]
 
 
@@ -52,6 +65,8 @@ class Evidence:
     """The method whose claims are tested; None if it was not run."""
 
 
+SUBJECT = ("dptune", "lora + adaptive")
+"""Names of the method whose claims are tested."""
 Pairs = Mapping[Key, Mapping[Any, Sequence[tuple[int, int]]]]
 """By condition and seed: rows of the subject's and of the baseline's run."""
 
@@ -59,40 +74,42 @@ Pairs = Mapping[Key, Mapping[Any, Sequence[tuple[int, int]]]]
 def evidence(results: Results) -> Evidence:
     """The finished private runs of some results, by the parts of their configs."""
     columns = {str(name): plain(results.runs[name]) for name in results.runs.columns}
-    parts = {
-        "method": [
-            name
-            for name in columns
-            if name.startswith(("config.adapter.", "config.privacy.")) and name.rpartition(".")[2] not in BUDGET
-        ],
-        "target": ["config.privacy.target_epsilon", "config.privacy.noise_multiplier"],
-        "hyperparameter": _below(columns, "config.hyperparameter."),
-        "environment": [name for name in _below(columns, "config.environment.") if name != SEED],
-        "data": [*_below(columns, "config.data_sensitivity."), "provenance.data"],
-        "fixed": [
-            *_below(columns, "config.model."),
-            *_below(columns, "config.data."),
-            *_below(columns, "config.evaluation."),
-            "provenance.backbone",
-            *(f"privacy.{name}" for name in ("delta", "unit", "noise_mode", "stand_in")),
-            "config.privacy.examples_per_user",
-        ],
+    keys = {
+        part: _keys(columns, [name for name in columns if name.startswith(starts) and name not in left_out])
+        for part, (starts, left_out) in PARTS.items()
     }
-    keys = {part: _keys(columns, [name for name in names if name in columns]) for part, names in parts.items()}
     private = columns.get("privacy.private", ())
     rows = [row for row, state in enumerate(columns["state"]) if state == State.DONE and private[row]]
     runs = tuple(
-        Run(row=row, seed=columns[SEED][row], sweep=columns["sweep"][row], **{part: keys[part][row] for part in parts})
+        Run(row=row, seed=columns[SEED][row], sweep=columns["sweep"][row], **{part: keys[part][row] for part in PARTS})
         for row in rows
     )
+    names = _names(columns, runs)
+    subject = next((key for key, name in names.items() if name in SUBJECT), None)
+    return Evidence(columns, runs, names, subject)
+
+
+def _names(columns: Mapping[str, Sequence[Any]], runs: Iterable[Run]) -> dict[Key, str]:
+    """The name of each method: the last that it was asked for by, else its adapter and privacy setting."""
     names: dict[Key, str] = {}
     for run in runs:
-        known = columns["method"][run.row] if "method" in columns else None
-        content = f"{columns['config.adapter.name'][run.row]} + {columns['config.privacy.name'][run.row]}"
-        if known or run.method not in names:
-            names[run.method] = known or content
-    subject = next((key for key, name in names.items() if name in ("dptune", "lora + adaptive")), None)
-    return Evidence(columns, runs, names, subject)
+        if known := columns["method"][run.row] if "method" in columns else None:
+            names[run.method] = known
+        else:
+            content = (columns[f"config.{group}.name"][run.row] for group in ("adapter", "privacy"))
+            names.setdefault(run.method, " + ".join(content))
+    return names
+
+
+def rows_of(pairs: Pairs) -> Iterator[int]:
+    """All rows, the subject's before the baseline's in each pair."""
+    return (row for seeds in pairs.values() for chosen in seeds.values() for pair in chosen for row in pair)
+
+
+def common_seeds(pairs: Pairs) -> list[Any]:
+    """The seeds that every condition has."""
+    first, *others = pairs.values()
+    return [seed for seed in first if all(seed in other for other in others)]
 
 
 def groups(found: Evidence, held: Iterable[str], condition: str) -> dict[Key, dict[Key, Pairs]]:
@@ -135,10 +152,6 @@ def _paired(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[Any, list[tuple[
         if key in right:
             by_seed.setdefault(key[1], []).append((row, right[key]))
     return by_seed
-
-
-def _below(columns: Mapping[str, Any], prefix: str) -> list[str]:
-    return [name for name in columns if name.startswith(prefix)]
 
 
 def _keys(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[Key]:

@@ -71,7 +71,7 @@ class Results:
         """The same with other rows."""
         return dataclasses.replace(self, runs=runs)
 
-    def judgements(self, run_ids: Sequence[str]) -> Answers | None:
+    def test_items(self, run_ids: Sequence[str]) -> Answers | None:
         """Items by run, if they are known for all of these runs and are the same items."""
         layouts = {self.tasks.get(run_id) for run_id in run_ids}
         if len(layouts) != 1 or None in layouts:
@@ -102,8 +102,9 @@ def of_records(
         return Results(pd.DataFrame({"run_id": [], "status": [], "state": []}), unreadable=unreadable, root=root)
     runs = to_frame(records)
     runs["state"] = runs["status"].replace({"running": State.BEGUN})
-    tasks = [name for name in runs if str(name).startswith("metrics.accuracy_by_task.")]
-    runs["metrics.worst"] = runs[tasks].min(axis=1) if tasks else None
+    for part in ("metrics", "zero_shot"):
+        tasks = [name for name in runs if str(name).startswith(f"{part}.accuracy_by_task.")]
+        runs[f"{part}.worst"] = runs[tasks].min(axis=1) if tasks else None
     order = [name for name in ORDER if name in runs]
     runs = runs.sort_values(order, kind="stable", ignore_index=True, na_position="first")
     results = Results(runs, unreadable=unreadable, root=root)
@@ -162,7 +163,7 @@ def with_items(results: Results, records: Sequence[RunRecord]) -> Results:
     layouts: dict[str, list[tuple[str, ...]]] = {}
     wrong = list(results.unreadable)
     for record in records:
-        if record.status != "done" or record.metrics is None:
+        if not record.is_done or record.metrics is None:
             continue
         path = results.root / record.run_id / EVALUATION_FILE
         try:

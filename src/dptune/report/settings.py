@@ -1,4 +1,4 @@
-"""Which runs belong together: runs of one setting differ in their seed only, and nothing else is ever averaged."""
+"""Settings: runs that may be averaged, because they differ in their seed only, and which settings may be compared."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SEED, HYPERPARAMETER = "config.environment.seed", "config.hyperparameter."
-STEPS = f"{HYPERPARAMETER}steps"
-TARGET = "config.privacy.target_epsilon"
+STEPS, TARGET, MODEL = f"{HYPERPARAMETER}steps", "config.privacy.target_epsilon", "config.model.name"
+CONDITION = "config.data_sensitivity."
+"""Changes that are made to the data to study what they do."""
 NOT_SETTING = ("config.compute.", "config.tracking.", "config.method", "config.sweep", SEED)
-"""Parts of the config that do not set runs apart: they cannot change numbers, or are what is averaged over."""
-NOT_METHOD = ("config.adapter.", "config.privacy.", *NOT_SETTING)
-"""Parts of the config that are the method, or no setting."""
-COMPARABLE = {
-    "privacy.delta": "delta",
-    "privacy.unit": "privacy unit",
-    "privacy.noise_mode": "noise mode",
+"""Parts of the config in which runs of one setting may differ: they change no number, or are what is averaged over."""
+NOT_CONDITION = ("config.adapter.", "config.privacy.", *NOT_SETTING)
+"""Parts of the config that say which method was used, or are no part of the setting."""
+GUARANTEE = {"privacy.delta": "delta", "privacy.unit": "privacy unit", "privacy.noise_mode": "noise mode"}
+"""What an epsilon is stated for: epsilons that differ in one of these cannot be compared."""
+DATA, BACKBONE = "provenance.data", "provenance.backbone"
+MUST_AGREE = {
+    **GUARANTEE,
     "privacy.stand_in": "stand-in flag",
-    "provenance.data": "data fingerprint",
-    "provenance.backbone": "backbone fingerprint",
+    DATA: "data fingerprint",
+    BACKBONE: "backbone fingerprint",
     "provenance.repetitions.epsilon": "epsilon of the search",
 }
-"""What must be equal in runs that are averaged, beyond their settings."""
+"""What must be equal in runs that are averaged, beyond their configs; by column, with its name for people."""
 NAMED = ("model", "adapter", "privacy", "data", "data_sensitivity")
-"""Groups of the config with a name; what the name settles needs no label of its own."""
+"""Groups of the config with a name. A label does not repeat what follows from that name."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,17 @@ def settings_of(runs: pd.DataFrame) -> list[Setting]:
     names = [name for name in runs.columns if str(name).startswith("config.") and not name.startswith(NOT_SETTING)]
     coded = codes(runs, names)
     varied = [name for name in names if len(set(coded[name])) > 1]
-    columns = {str(name): plain(runs[name]) for name in runs.columns}
     # A superseded run is never averaged with what the sweep asks for today.
     apart = codes(runs[["method", "state"]].assign(state=runs["state"] == State.SUPERSEDED), ["state", "method"])
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, key in enumerate(zip(*(apart | {name: coded[name] for name in varied}).values(), strict=True)):
         groups.setdefault(key, []).append(row)
-    present = codes(runs, [name for name in COMPARABLE if name in runs])
-    parts = [part for rows in groups.values() for part in _comparable(rows, columns["state"], present)]
+    columns = {str(name): plain(runs[name]) for name in runs.columns}
+    agreed = codes(runs, [name for name in MUST_AGREE if name in runs])
+    parts = [part for rows in groups.values() for part in _averageable(rows, columns["state"], agreed)]
     labels = _labels(parts, varied, columns)
     found = [Setting(label, columns, tuple(part)) for label, part in zip(labels, parts, strict=True)]
-    return [item for item in found if item.private] + [item for item in found if not item.private]
+    return sorted(found, key=lambda item: not item.private)
 
 
 def codes(runs: pd.DataFrame, names: Sequence[str]) -> dict[str, list[int]]:
@@ -136,7 +138,7 @@ def why_apart(settings: Sequence[Setting]) -> list[str]:
         by_label.setdefault(setting.label.partition(" [")[0], []).append(setting)
     notes = []
     for label, members in by_label.items():
-        for column, name in COMPARABLE.items() if len(members) > 1 else ():
+        for column, name in MUST_AGREE.items() if len(members) > 1 else ():
             values = {str(item.value(column)) for item in members if item.done}
             if len(values) > 1:
                 notes.append(f"Not averaged: runs of “{label}” have different {name}s ({', '.join(sorted(values))}).")
@@ -144,23 +146,25 @@ def why_apart(settings: Sequence[Setting]) -> list[str]:
 
 
 def mixed(settings: Iterable[Setting]) -> list[str]:
-    """What private settings of one table differ in although it decides what their epsilons mean."""
+    """In what the private settings of a table differ although it decides what their epsilons mean."""
     private = [item for item in settings if item.private and item.done]
-    notes = []
-    for column in ("privacy.delta", "privacy.unit", "privacy.noise_mode", "provenance.data"):
-        # Conditions of the data are compared, which is what they are for; within one the data must be the same.
-        strata: dict[tuple[str, ...], set[str]] = {}
-        for item in private:
-            names = [name for name in item.columns if name.startswith("config.data_sensitivity.")]
-            condition = tuple(repr(item.value(name)) for name in names if column == "provenance.data")
-            strata.setdefault(condition, set()).add(str(item.value(column)))
-        values = sorted(value for stratum in strata.values() if len(stratum) > 1 for value in stratum)
-        if values:
-            notes.append(
-                f"Rows differ in {COMPARABLE[column]} ({', '.join(values)}): they are never averaged, and no "
-                "difference between such rows is stated."
-            )
-    return notes
+    # A condition changes the data, which is what it is for: only within one must the data be the same.
+    values = {column: _values(private, column) for column in GUARANTEE} | {DATA: _values(private, DATA, CONDITION)}
+    return [
+        f"Rows differ in {MUST_AGREE[column]} ({', '.join(sorted(found))}): they are never averaged, and no "
+        "difference between such rows is stated."
+        for column, found in values.items()
+        if found
+    ]
+
+
+def _values(settings: Iterable[Setting], column: str, within: str | None = None) -> list[str]:
+    """The values of a column that differ between settings that are equal in a part of the config; none if all agree."""
+    strata: dict[tuple[str, ...], set[str]] = {}
+    for item in settings:
+        stratum = tuple(repr(item.value(name)) for name in item.columns if within and name.startswith(within))
+        strata.setdefault(stratum, set()).add(str(item.value(column)))
+    return [value for values in strata.values() if len(values) > 1 for value in values]
 
 
 def comparable(one: Setting, other: Setting) -> str | None:
@@ -168,28 +172,27 @@ def comparable(one: Setting, other: Setting) -> str | None:
 
     The data may differ where a condition of the data is what is studied.
     """
-    if any(one.value(name) != other.value(name) for name in one.columns if name.startswith("config.data.")):
+
+    def differ(prefix: str) -> bool:
+        return any(one.value(name) != other.value(name) for name in one.columns if name.startswith(prefix))
+
+    if differ("config.data."):
         return "other data"
-    if any(one.value(name) != other.value(name) for name in one.columns if name.startswith("config.evaluation.")):
-        return "judged in another way"
-    columns = ["provenance.backbone"] if one.value("config.model.name") == other.value("config.model.name") else []
-    condition = [name for name in one.columns if name.startswith("config.data_sensitivity.")]
-    if all(one.value(name) == other.value(name) for name in condition):
-        columns += ["provenance.data"]
-    if one.private and other.private:
-        columns += ["privacy.delta", "privacy.unit", "privacy.noise_mode"]
-    for column in columns:
-        if one.value(column) != other.value(column):
-            return f"other {COMPARABLE[column]}"
-    return None
+    if differ("config.evaluation."):
+        return "evaluated in another way"
+    columns = [] if differ(MODEL) else [BACKBONE]
+    columns += [] if differ(CONDITION) else [DATA]
+    columns += GUARANTEE if one.private and other.private else ()
+    return next((f"other {MUST_AGREE[column]}" for column in columns if differ(column)), None)
 
 
 def references(settings: Sequence[Setting]) -> list[Setting | None]:
-    """What each setting is compared with: the baseline of its epsilon, or what most settings are varied around.
+    """What each setting is compared with; None for nothing.
 
-    Where a table holds several methods, the baseline is DP-LoRA or uniform noise, else the first; where that was run at
-    several settings, the one that is equal in everything but the method. A setting without such a partner is compared
-    with what the settings of its method are varied around.
+    In a table of one method it is the setting that the others are varied around. In a table of several it is the
+    baseline at the same epsilon: DP-LoRA or uniform noise, else the first method. Where the baseline was run at several
+    settings, it is the one that is equal in everything but the method; a setting without such a partner is compared
+    with what the settings of its own method are varied around.
     """
     middle = next((item for item in settings if item.label.partition(" [")[0] == "reference" and item.done), None)
     private = [item for item in settings if item.private and item.done]
@@ -197,36 +200,36 @@ def references(settings: Sequence[Setting]) -> list[Setting | None]:
     if len(arms) < 2:
         return [middle] * len(settings)
     base = next((arm for arm in arms if arm == "dp_lora" or arm.endswith("+ uniform")), arms[0])
-    names = [name for name in private[0].columns if name.startswith("config.") and not name.startswith(NOT_METHOD)]
+    names = [name for name in private[0].columns if name.startswith("config.") and not name.startswith(NOT_CONDITION)]
     varied = [name for name in names if len({repr(item.columns[name][item.rows[0]]) for item in settings}) > 1]
-
-    def rest(item: Setting) -> tuple[str, ...]:
-        return tuple(repr(item.value(name)) for name in varied)
-
-    by_target: dict[float | None, list[Setting]] = {}
-    exactly: dict[tuple[float | None, tuple[str, ...]], Setting] = {}
-    for item in private:
-        if item.arm == base:
-            by_target.setdefault(item.target, []).append(item)
-            exactly.setdefault((item.target, rest(item)), item)
-    found: list[Setting | None] = []
-    for item in settings:
-        stratum = (
-            by_target.get(item.target, []) if item.private else [other for at in by_target.values() for other in at]
-        )
-        partner = stratum[0] if len(stratum) == 1 else exactly.get((item.target, rest(item)))
-        if partner is None and middle not in (None, item) and (item.arm == middle.arm or not item.private):
-            partner = middle
-        found.append(partner)
-    return found
+    baselines = [(item, _condition(item, varied)) for item in private if item.arm == base]
+    return [
+        _partner(item, _condition(item, varied), baselines)
+        or (middle if middle and middle is not item and (item.arm == middle.arm or not item.private) else None)
+        for item in settings
+    ]
 
 
-def _comparable(rows: list[int], states: Sequence[str], present: Mapping[str, list[int]]) -> list[list[int]]:
+def _condition(setting: Setting, names: Iterable[str]) -> tuple[Any, ...]:
+    """Target and all that is no part of the method."""
+    return (setting.target, *(repr(setting.value(name)) for name in names))
+
+
+def _partner(
+    setting: Setting, condition: tuple[Any, ...], baselines: Sequence[tuple[Setting, tuple[Any, ...]]]
+) -> Setting | None:
+    """The only baseline at this target (any target, for a setting without privacy), or the one that is equal."""
+    near = [item for item, _ in baselines if item.target == setting.target or not setting.private]
+    if len(near) == 1:
+        return near[0]
+    return next((item for item, its in baselines if its == condition), None)
+
+
+def _averageable(rows: list[int], states: Sequence[str], agreed: Mapping[str, list[int]]) -> list[list[int]]:
     """Runs of one setting, parted where they must not be averaged; what is not finished goes with the first part."""
     parts: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        if states[row] == State.DONE:
-            parts.setdefault(tuple(column[row] for column in present.values()), []).append(row)
+    for row in (row for row in rows if states[row] == State.DONE):
+        parts.setdefault(tuple(column[row] for column in agreed.values()), []).append(row)
     if len(parts) < 2:
         return [rows]
     first, *others = parts.values()
@@ -235,31 +238,32 @@ def _comparable(rows: list[int], states: Sequence[str], present: Mapping[str, li
 
 def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[str]:
     """One label a setting: what differs from what most of them have."""
-    methods = [columns["method"][part[0]] for part in parts]
-    content = {name: [repr(columns[name][part[0]]) for part in parts] for name in varied}
-    content["method"] = [repr(method) for method in methods]
-    shown = [name for name in varied if not _settled(name, content)]
-    common = {name: _majority(content[name]) for name in shown}
+    firsts = [part[0] for part in parts]
+    content = {name: [repr(columns[name][row]) for row in firsts] for name in ("method", *varied)}
+    usual = {name: _majority(content[name]) for name in varied if not _settled(name, content)}
     labels = []
-    # Without privacy there is no target, which needs no words.
-    for at, part in enumerate(parts):
-        words = [methods[at]] if methods[at] and len(set(methods)) > 1 else []
-        # Without a step, how it would have been trained says nothing; nor does a target that is none.
-        idle = STEPS in columns and columns[STEPS][part[0]] == 0
+    for row in firsts:
+        method = columns["method"][row]
+        words = [method] if method and len(set(content["method"])) > 1 else []
         words += [
-            f"{name.removeprefix('config.').removesuffix('.name').rpartition('.')[2]}={_said(columns[name][part[0]])}"
-            for name in shown
-            if content[name][at] != common[name]
-            and not (idle and name.startswith(HYPERPARAMETER) and name != STEPS)
-            and not (name == TARGET and columns[name][part[0]] is None)
+            f"{name.removeprefix('config.').removesuffix('.name').rpartition('.')[2]}={_said(columns[name][row])}"
+            for name, common in usual.items()
+            if repr(columns[name][row]) != common and not _says_nothing(name, row, columns)
         ]
-        label = ", ".join(words) or "reference"
-        labels.append(label + (" (superseded)" if columns["state"][part[0]] == State.SUPERSEDED else ""))
-    return _told_apart(labels, parts, columns)
+        superseded = " (superseded)" if columns["state"][row] == State.SUPERSEDED else ""
+        labels.append((", ".join(words) or "reference") + superseded)
+    return _told_apart(labels, firsts, columns)
+
+
+def _says_nothing(name: str, row: int, columns: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether a value needs no words: how a run without steps would have been trained, or the lack of a target."""
+    if name == TARGET:
+        return columns[name][row] is None
+    return name.startswith(HYPERPARAMETER) and name != STEPS and STEPS in columns and columns[STEPS][row] == 0
 
 
 def _settled(name: str, content: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a column is a function of the method, or of the name of its group."""
+    """Whether a column follows from the method, or from the name of its group: one value of that, one of this."""
     group, values = name.split(".")[1], content[name]
     if name == TARGET:
         # Without privacy there is no target: what matters is whether private settings have several.
@@ -278,21 +282,19 @@ def _majority(values: Sequence[str]) -> str | None:
     return value if count * 2 > len(values) else None
 
 
-def _told_apart(labels: list[str], parts: Sequence[list[int]], columns: Mapping[str, Sequence[Any]]) -> list[str]:
+def _told_apart(labels: list[str], firsts: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> list[str]:
     """Equal labels get what they differ in, in square brackets."""
     members: dict[str, list[int]] = {}
-    for at, label in enumerate(labels):
-        members.setdefault(label, []).append(at)
-    told = list(labels)
-    for label, places in members.items():
-        differ = [
-            name
-            for name in COMPARABLE
-            if name in columns and len({str(columns[name][parts[at][0]]) for at in places}) > 1
-        ]
-        for at in places if len(places) > 1 else ():
-            told[at] = f"{label} [{', '.join(f'{COMPARABLE[name]} {columns[name][parts[at][0]]}' for name in differ)}]"
-    return told
+    for label, row in zip(labels, firsts, strict=True):
+        members.setdefault(label, []).append(row)
+
+    def told(label: str, row: int) -> str:
+        known = [name for name in MUST_AGREE if name in columns]
+        differ = [name for name in known if len({str(columns[name][other]) for other in members[label]}) > 1]
+        words = ", ".join(f"{MUST_AGREE[name]} {columns[name][row]}" for name in differ)
+        return label if len(members[label]) == 1 else f"{label} [{words}]"
+
+    return [told(label, row) for label, row in zip(labels, firsts, strict=True)]
 
 
 def _said(value: Any) -> str:

@@ -1,15 +1,17 @@
 """Tables of results: pure functions of runs. No torch here.
 
 A table is a list of columns and of rows of cells; a cell knows its number, its interval, how many runs are behind it
-and which. `render.py` turns it into Markdown, CSV, LaTeX and HTML, `terminal.py` into lines of a given width.
+and which. A column is one row of `SETTING_COLUMNS` or `RUN_COLUMNS`, which holds all that is known of it.
+`render.py` turns a table into Markdown, CSV, LaTeX and HTML, `terminal.py` into lines of a given width.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy as np
 from dptune.privacy.accounting import epsilon_text, rounded_up
 from dptune.records.code import code_version
 from dptune.records.state import State
-from dptune.report.composition import Composition, compositions
+from dptune.report.composition import OF_A_SEARCH, OF_RUNS, Composition, compositions
 from dptune.report.intervals import Answers, Array, Estimate, mean_over_runs, share_of_one_run
 from dptune.report.results import Results
 from dptune.report.settings import SEED, Setting, comparable, mixed, references, why_apart
@@ -62,18 +64,76 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A number of a run that is averaged over runs, as a function of the accuracies of its tasks where it is one."""
+
+    key: str
+    title: str
+    direction: str
+    of: Callable[[Array], Array] | None = None
+    """Derivative by the accuracy of each task, shape (runs, tasks) from (runs, tasks)."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    digits: int = 3
+
+    @property
+    def before(self) -> str:
+        """The column of runs that has it before training; runs have none for what training costs."""
+        return f"zero_shot.{self.key.removeprefix('metrics.')}"
+
+
+ALWAYS = 9
+
+
+@dataclass(frozen=True)
 class Column:
-    """One column."""
+    """One column: its head, how its cells are made, where it is shown and what its reader must know."""
 
     key: str
     title: str
     direction: str = ""
     """`↑` where higher is better, `↓` where lower is."""
+    cell: Callable[[Any], Cell | None] = lambda row: None
+    """The cell of a row; None where there is nothing to say."""
+    measure: Measure | None = None
+    """What it shows the mean of; its value before training stands in the row of the floor."""
+    floor: Cell | None = None
+    """What the row of the floor has here where that is the same in every table."""
+    notes: Callable[[Sequence[Any]], Iterable[str]] = lambda rows: ()
+    """What a reader of these rows must know of it."""
+    tables: tuple[str, ...] = ("main",)
+    """Names of the tables of settings that show it."""
+    early: bool = False
+    """Whether there is something to say before a run is finished."""
+    optional: bool = False
+    """Whether it stays away from a table in which it has no number."""
+    narrow: int = 0
+    """0: not shown in a terminal. Else, where there is no room, the lowest go first, and those at `ALWAYS` never."""
+    right: bool = False
+    """Whether a terminal sets it flush right."""
 
     @property
     def head(self) -> str:
         """Title and direction."""
         return f"{self.title} {self.direction}".strip()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting, and what the columns of its tables need beside it."""
+
+    results: Results
+    setting: Setting
+    at: int
+    """Its number."""
+    reference: Setting | None = None
+    """What it is compared with."""
+    reference_at: int = 0
+    """The number of that row."""
+
+    @cached_property
+    def items(self) -> Answers | None:
+        """Which items its runs got right."""
+        return self.results.test_items(self.setting.run_ids)
 
 
 @dataclass(frozen=True)
@@ -86,19 +146,6 @@ class Table:
     rows: tuple[Mapping[str, Cell], ...]
     notes: tuple[str, ...] = ()
     compositions: tuple[Composition, ...] = field(default=(), repr=False)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number of a run that is averaged over runs, as a function of the accuracies of its tasks where it is one."""
-
-    key: str
-    title: str
-    direction: str
-    of: Callable[[Array], Array] | None = None
-    """Derivative by the accuracy of each task, shape (runs, tasks) from (runs, tasks)."""
-    bounds: tuple[float, float] = (0.0, 1.0)
-    digits: int = 3
 
 
 def _share(accuracies: Array) -> Array:
@@ -123,8 +170,6 @@ UNSEEN = Measure("metrics.accuracy_unseen", "unseen inputs", "↑")
 PERPLEXITY = Measure("metrics.response_perplexity", "perplexity", "↓", None, (1.0, math.inf), 2)
 BLEU = Measure("metrics.bleu", "BLEU", "↑", None, (0.0, 100.0), 1)
 ROUGE_L = Measure("metrics.rouge_l", "ROUGE-L", "↑")
-TEXT = {"bleu": BLEU, "rouge_l": ROUGE_L}
-"""Measures of free-form text, shown where there is some."""
 SECONDS = Measure("cost.seconds", "time, s", "↓", None, (0.0, math.inf), 0)
 MEMORY = Measure("cost.peak_memory_mb", "peak memory, MiB", "↓", None, (0.0, math.inf), 0)
 
@@ -174,7 +219,7 @@ def paired(results: Results, one: Setting, other: Setting, measure: Measure = AC
         _number(columns, a, measure) - _number(columns, b, measure) for a, b in zip(left, right, strict=True)
     ]
     run_ids = [ids[row] for row in (*left, *right)]
-    items, variance = results.judgements(run_ids), 0.0
+    items, variance = results.test_items(run_ids), 0.0
     tested = 0 if items is None else len(items.task_of)
     if items and measure.of:
         gradient = measure.of(items.accuracies())
@@ -191,59 +236,53 @@ def values_of(setting: Setting, measure: Measure) -> list[float | None]:
 
 def main_table(name: str, results: Results, title: str | None = None) -> Table:
     """The results of some runs: one row a setting, seeds together, the floor first and the ceiling last."""
-    settings = results.settings
-    columns = (
-        Column("row", "#"),
-        Column("setting", "setting"),
-        Column("accuracy", "accuracy [95 %] (n)", "↑"),
-        Column("difference", "difference by seed [95 %] (n)", "↑"),
-        *(Column(key, measure.title, measure.direction) for key, measure in TEXT.items() if _known(results, measure)),
-        Column("unseen", "unseen inputs", "↑"),
-        Column("worst", "worst task", "↑"),
-        Column("spread", "spread over tasks", "↓"),
-        Column("epsilon", "ε spent/target", "↓"),
-        Column("delta", "δ"),
-        Column("trainable", "trainable (%)", "↓"),
-        Column("seconds", "time, s", "↓"),
-    )
-    rows = floor_rows(results)
-    compared_with = references(settings)
-    position = {id(setting): at for at, setting in enumerate(settings, 1)}
-    for at, (setting, reference) in enumerate(zip(settings, compared_with, strict=True), 1):
-        difference = difference_cell(results, setting, reference, position.get(id(reference), 0))
-        rows.append({"row": Cell(str(at), at), **setting_row(results, setting, difference)})
+    rows = rows_of(results)
+    columns, cells = _filled("main", rows)
     states = Counter(results.runs["state"])
     counted = len(results.runs) - states[State.SUPERSEDED]
     title = f"{title or name}: {states[State.DONE]} of {counted} runs done"
     title += f", {states[State.SUPERSEDED]} superseded" if states[State.SUPERSEDED] else ""
     found = compositions(results.runs)
-    lines = notes(results, settings, found, compared=any(reference is not None for reference in compared_with))
-    return Table(name, title, columns, tuple(rows), tuple(lines), tuple(found))
+    lines = [*_column_notes(columns, rows), *(item.text for item in found), *limits(results.settings)]
+    lines += [*code_notes(results), *(f"Left out: {reason}" for reason in results.unreadable)]
+    return Table(name, title, columns, (*floor_rows(results), *cells), tuple(lines), tuple(found))
 
 
-def setting_row(results: Results, setting: Setting, difference: Cell) -> dict[str, Cell]:
-    """One row of the main table."""
-    label = setting.label + ("" if setting.private else " (ceiling)")
-    lacking = lacking_runs(setting)
-    if not setting.done:
-        return {"setting": Cell(label), "accuracy": Cell(lacking)}
-    items = results.judgements(setting.run_ids)
-    accuracy = measured(setting, ACCURACY, items)
-    if lacking:
-        parts = replace(accuracy.parts or Parts(accuracy.text), words=lacking)
-        accuracy = replace(accuracy, text=f"{accuracy.text}; {lacking}", parts=parts)
-    return {
-        "setting": Cell(label, run_ids=setting.run_ids),
-        "accuracy": accuracy,
-        "difference": difference,
-        **{key: measured(setting, measure) for key, measure in TEXT.items()},
-        "unseen": measured(setting, UNSEEN),
-        "worst": measured(setting, WORST, items),
-        "spread": measured(setting, SPREAD, items),
-        **epsilon_cells(setting),
-        "trainable": trainable_cell(setting),
-        "seconds": cost_cell(setting, SECONDS),
-    }
+def cost_table(name: str, results: Results) -> Table:
+    """Noise, parameters, time and memory of each setting."""
+    rows = rows_of(results)
+    columns, cells = _filled("cost", rows)
+    lines = (*_column_notes(columns, rows), *flag_notes(results.settings))
+    return Table(f"{name}-cost", f"{name}: noise, size and cost", columns, cells, lines)
+
+
+def rows_of(results: Results) -> list[Row]:
+    """The settings of some results, each with the one that it is compared with."""
+    settings, compared_with = results.settings, references(results.settings)
+    position = {id(setting): at for at, setting in enumerate(settings, 1)}
+    return [
+        Row(results, setting, position[id(setting)], reference, position.get(id(reference), 0))
+        for setting, reference in zip(settings, compared_with, strict=True)
+    ]
+
+
+def cells_of(columns: Iterable[Column], row: Any) -> dict[str, Cell]:
+    """The cells of one row, by column; without those that have nothing to say."""
+    return {column.key: cell for column in columns if (cell := column.cell(row)) is not None}
+
+
+def _filled(table: str, rows: Sequence[Row]) -> tuple[tuple[Column, ...], tuple[dict[str, Cell], ...]]:
+    """The columns of a table of settings, and its rows."""
+    columns = [column for column in SETTING_COLUMNS if table in column.tables]
+    early = [column for column in columns if column.early]
+    cells = tuple(cells_of(columns if row.setting.done else early, row) for row in rows)
+    known = {key for row in cells for key, cell in row.items() if cell.value is not None}
+    return tuple(column for column in columns if not column.optional or column.key in known), cells
+
+
+def _column_notes(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """What the columns have to say, each thing once."""
+    return list(dict.fromkeys(note for column in columns for note in column.notes(rows)))
 
 
 def floor_rows(results: Results) -> list[dict[str, Cell]]:
@@ -256,44 +295,56 @@ def floor_rows(results: Results) -> list[dict[str, Cell]]:
 
 def floor_row(done: pd.DataFrame, which: str = "") -> dict[str, Cell]:
     """What most of some finished runs began with."""
-    row: dict[str, Cell] = {"setting": Cell(f"zero-shot (floor){which}"), "epsilon": Cell("none")}
-    if "zero_shot.accuracy" not in done or not done["zero_shot.accuracy"].notna().any():
+    row = {column.key: column.floor for column in SETTING_COLUMNS if column.floor}
+    row["setting"] = Cell(f"zero-shot (floor){which}")
+    if ACCURACY.before not in done or not done[ACCURACY.before].notna().any():
         return {**row, "accuracy": Cell("not measured")}
-    known = done[done["zero_shot.accuracy"].notna()]
-    if (different := known["zero_shot.accuracy"].nunique()) > 1:
+    known = done[done[ACCURACY.before].notna()]
+    if (different := known[ACCURACY.before].nunique()) > 1:
         # Another backbone, precision, sequence length or test split has another floor.
-        common = known["zero_shot.accuracy"].mode().iloc[0]
-        same = known["zero_shot.accuracy"] == common
+        common = known[ACCURACY.before].mode().iloc[0]
+        same = known[ACCURACY.before] == common
         if 2 * same.sum() <= len(known):
             return {**row, "accuracy": Cell(f"differs between runs ({different} values)")}
         row["setting"] = Cell(f"zero-shot (floor of {same.sum()} of {len(known)} runs){which}")
         known = known[same]
     first = known.iloc[0]
-    accuracy = share_of_one_run(float(first["zero_shot.accuracy"]), int(first["zero_shot.n"]))
-    tasks = [float(value) for key, value in first.items() if _is_task(str(key), "zero_shot.") and value == value]
-    row["accuracy"] = in_words(accuracy, 3, tuple(known["run_id"]))
-    if tasks:
-        row["worst"] = Cell(f"{min(tasks):.3f}", min(tasks))
-        row["spread"] = Cell(f"{float(np.std(tasks)):.3f}", float(np.std(tasks)))
-    for key, measure in TEXT.items():
-        if (value := first.get(f"zero_shot.{key}")) is not None and value == value:
-            row[key] = Cell(f"{value:.{measure.digits}f}", float(value))
-    if (unseen := first.get("zero_shot.accuracy_unseen")) == unseen and unseen is not None:
-        row["unseen"] = Cell(f"{unseen:.3f}", unseen)
-    return {**row, "trainable": Cell("0 (0.00)", 0.0, parts=Parts("0", tail="(0.00)"))}
+    for column in SETTING_COLUMNS:
+        measure = column.measure
+        value = first.get(measure.before) if measure else None
+        if measure and value is not None and value == value:
+            row[column.key] = Cell(f"{value:.{measure.digits}f}", float(value))
+    accuracy = share_of_one_run(float(first[ACCURACY.before]), int(first["zero_shot.n"]))
+    return {**row, "accuracy": in_words(accuracy, ACCURACY.digits, tuple(known["run_id"]))}
 
 
-def difference_cell(results: Results, setting: Setting, reference: Setting | None, row: int) -> Cell:
-    """How a setting differs from its reference, which is in the given row, seed by seed."""
-    if reference is None:
+def setting_cell(row: Row) -> Cell:
+    """What sets a setting apart from the others."""
+    return Cell(row.setting.label + ("" if row.setting.private else " (ceiling)"), run_ids=row.setting.run_ids)
+
+
+def accuracy_cell(row: Row) -> Cell:
+    """Accuracy, and how many runs have none and why."""
+    lacking = lacking_runs(row.setting)
+    if not row.setting.done:
+        return Cell(lacking)
+    cell = measured(row.setting, ACCURACY, row.items)
+    if not lacking:
+        return cell
+    return replace(cell, text=f"{cell.text}; {lacking}", parts=replace(cell.parts or Parts(cell.text), words=lacking))
+
+
+def difference_cell(row: Row) -> Cell:
+    """How a setting differs from its reference, seed by seed."""
+    if row.reference is None:
         return Cell(NONE)
-    if reference is setting:
+    if row.reference is row.setting:
         return Cell("reference")
     try:
-        found, run_ids = paired(results, setting, reference)
+        found, run_ids = paired(row.results, row.setting, row.reference)
     except ValueError as reason:
         return Cell(f"not compared: {reason}")
-    return in_words(found, 3, tuple(run_ids), sign="+", tail=f"to {row}")
+    return in_words(found, 3, tuple(run_ids), sign="+", tail=f"to {row.reference_at}")
 
 
 def measured(setting: Setting, measure: Measure, items: Answers | None = None) -> Cell:
@@ -311,81 +362,67 @@ def in_words(found: Estimate, digits: int, run_ids: tuple[str, ...] = (), sign: 
     return Cell(text, found.mean, found.low, found.high, found.n, run_ids, parts)
 
 
-def epsilon_cells(setting: Setting) -> dict[str, Cell]:
-    """Epsilon spent over target, and delta: the largest spent of its runs counts. With that of a search."""
+def epsilon_cell(row: Row) -> Cell:
+    """Epsilon spent over target: the largest spent of its runs counts. With that of a search."""
+    setting = row.setting
     if not setting.private:
-        return {"epsilon": Cell("none"), "delta": Cell(NONE)}
-    spent = [value for value in setting.values("privacy.epsilon") if value is not None]
+        return Cell("none")
+    spent = _spent(setting)
     if not spent:
-        return {"epsilon": Cell("not recorded"), "delta": Cell(NONE)}
-    epsilon, delta, target = rounded_up(max(spent)), setting.value("privacy.delta"), setting.target
+        return Cell("not recorded")
+    epsilon, target = rounded_up(max(spent)), setting.target
     parts = Parts(f"{epsilon:.3f}/{NONE if target is None else format(target, 'g')}")
     if whole := setting.value("provenance.repetitions.epsilon"):
         epsilon = rounded_up(whole)
         parts = replace(parts, words=f"best of K {epsilon:.3f}")
-    flags = [setting.value("privacy.noise_mode") == "reproducible" and "r", setting.value("privacy.stand_in") and "p"]
-    parts = replace(parts, marks=tuple(flag for flag in flags if flag))
+    parts = replace(parts, marks=tuple(mark for mark, flag in FLAGS.items() if flag.holds(setting)))
     text = "; ".join(filter(None, (parts.number, parts.words)))
     text += f" ({','.join(parts.marks)})" if parts.marks else ""
-    return {
-        "epsilon": Cell(text, epsilon, run_ids=setting.run_ids, parts=parts),
-        "delta": Cell(f"{delta:g}", delta),
-    }
+    return Cell(text, epsilon, run_ids=setting.run_ids, parts=parts)
 
 
-def trainable_cell(setting: Setting) -> Cell:
+def delta_cell(row: Row) -> Cell:
+    """Delta of the epsilon beside it."""
+    setting, delta = row.setting, row.setting.value("privacy.delta")
+    return Cell(f"{delta:g}", delta) if setting.private and _spent(setting) else Cell(NONE)
+
+
+def sigma_cell(row: Row) -> Cell:
+    """The largest noise multiplier of its runs."""
+    sigma = [value for value in row.setting.values("privacy.noise_multiplier") if value is not None]
+    return Cell(f"{max(sigma):.4f}", max(sigma)) if sigma else Cell(NONE)
+
+
+def trainable_cell(row: Row) -> Cell:
     """How many parameters were trained, and their share."""
-    counts = {value for value in setting.values("parameters.trainable") if value is not None}
+    counts = {value for value in row.setting.values("parameters.trainable") if value is not None}
     if len(counts) != 1:
         return Cell(NONE if not counts else "differs between runs")
     (count,) = counts
-    parts = Parts(f"{int(count):,}", tail=f"({100 * setting.value('parameters.fraction'):.2f})")
+    parts = Parts(f"{int(count):,}", tail=f"({100 * row.setting.value('parameters.fraction'):.2f})")
     return Cell(f"{parts.number} {parts.tail}", float(count), parts=parts)
 
 
-def cost_cell(setting: Setting, measure: Measure) -> Cell:
+def cost_cell(row: Row, measure: Measure) -> Cell:
     """A cost; withheld for private data, where it depends on the batches that were drawn."""
-    if setting.private and not setting.value("privacy.stand_in"):
+    if row.setting.private and not row.setting.value("privacy.stand_in"):
         return Cell("withheld")
-    return measured(setting, measure)
+    return mean_cell(row, measure)
+
+
+def mean_cell(row: Row, measure: Measure) -> Cell:
+    """The mean of a measure over the runs of a setting."""
+    return measured(row.setting, measure, row.items if measure.of else None)
+
+
+def _mean(key: str, measure: Measure, cell: Callable[[Row, Measure], Cell] = mean_cell, **rest: Any) -> Column:
+    return Column(key, measure.title, measure.direction, lambda row: cell(row, measure), measure, **rest)
 
 
 def lacking_runs(setting: Setting) -> str:
     """How many runs have no numbers, and why."""
     states = [setting.columns["state"][row] for row in setting.rows]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != State.DONE)
-
-
-def cost_table(name: str, results: Results) -> Table:
-    """Noise, parameters, time and memory of each setting."""
-    settings = results.settings
-    rows = []
-    for at, setting in enumerate(settings, 1):
-        sigma = {value for value in setting.values("privacy.noise_multiplier") if value is not None}
-        rows.append(
-            {
-                "row": Cell(str(at), at),
-                "setting": Cell(setting.label, run_ids=setting.run_ids),
-                "sigma": Cell(f"{max(sigma):.4f}", max(sigma)) if sigma else Cell(NONE),
-                "trainable": trainable_cell(setting),
-                "seconds": cost_cell(setting, SECONDS),
-                "memory": cost_cell(setting, MEMORY),
-                "perplexity": measured(setting, PERPLEXITY),
-                **epsilon_cells(setting),
-            }
-        )
-    columns = (
-        Column("row", "#"),
-        Column("setting", "setting"),
-        Column("epsilon", "ε spent/target", "↓"),
-        Column("delta", "δ"),
-        Column("sigma", "noise multiplier σ"),
-        Column("trainable", "trainable (%)", "↓"),
-        Column("seconds", SECONDS.title, "↓"),
-        Column("memory", MEMORY.title, "↓"),
-        Column("perplexity", PERPLEXITY.title, "↓"),
-    )
-    return Table(f"{name}-cost", f"{name}: noise, size and cost", columns, tuple(rows), tuple(flag_notes(settings)))
 
 
 def task_table(name: str, results: Results) -> Table:
@@ -400,8 +437,8 @@ def task_table(name: str, results: Results) -> Table:
 
 def task_row(results: Results, setting: Setting, tasks: Sequence[str], at: int) -> dict[str, Cell]:
     """One row of the table of tasks."""
-    row = {"row": Cell(str(at), at), "setting": Cell(setting.label, run_ids=setting.run_ids)}
-    items = results.judgements(setting.run_ids)
+    row = {"row": _numbered(at), "setting": Cell(setting.label, run_ids=setting.run_ids)}
+    items = results.test_items(setting.run_ids)
     for task in tasks:
         values = [value for value in setting.values(f"metrics.accuracy_by_task.{task}") if value is not None]
         if not values:
@@ -422,121 +459,202 @@ def task_row(results: Results, setting: Setting, tasks: Sequence[str], at: int) 
 
 def comparison_table(name: str, results: Results) -> Table | None:
     """Methods by target epsilon, with the difference to the baseline; None where there is one method only."""
-    settings = [item for item in results.settings if item.done]
+    made = [row for row in rows_of(results) if row.setting.done]
+    settings = [row.setting for row in made]
     arms = list(dict.fromkeys(item.arm for item in settings))
     if len(arms) < 2:
         return None
     targets = sorted({item.target for item in settings if item.target is not None})
-    compared_with = dict(zip(map(id, settings), references(settings), strict=True))
-    rows = []
+    rows: list[dict[str, Cell]] = []
     for arm in arms:
-        row = {"setting": Cell(arm)}
+        members = [row for row in made if row.setting.arm == arm]
+        rows.append({"setting": Cell(arm)})
         for target in [*targets, None]:
-            members = [item for item in settings if item.arm == arm and item.target == target]
-            if len(members) > 1:
-                row[f"{target}"] = Cell(f"{len(members)} settings, never averaged")
-            elif members:
-                (setting,) = members
-                reference = compared_with[id(setting)]
-                accuracy = measured(setting, ACCURACY, results.judgements(setting.run_ids))
-                if reference not in (None, setting):
-                    difference = difference_cell(results, setting, reference, 0).text.removesuffix(" to 0")
-                    accuracy = replace(accuracy, text=f"{accuracy.text}; {difference}")
-                row[f"{target}"] = accuracy
-        rows.append(row)
+            if here := [row for row in members if row.setting.target == target]:
+                rows[-1][f"{target}"] = compared_cell(here)
     columns = [Column("setting", "method"), *(Column(f"{target}", f"ε ≤ {target:g}", "↑") for target in targets)]
     if any("None" in row for row in rows):
         columns.append(Column("None", "no target ε", "↑"))
-    base = next((item for item in compared_with.values() if item is not None), None)
+    base = next((row.reference for row in made if row.reference), None)
     lines = [
         f"Accuracy [95 %] (n); then the difference by seed to {base.arm}." if base else "Accuracy [95 %] (n).",
         INTERVALS,
     ]
-    lines += [*flag_notes(settings), *mixed(settings), *why_apart(settings)]
+    lines += limits(settings)
     return Table(f"{name}-comparison", f"{name}: methods by ε", tuple(columns), tuple(rows), tuple(lines))
+
+
+def compared_cell(members: Sequence[Row]) -> Cell:
+    """Accuracy of a method at one epsilon, and the difference to its reference."""
+    if len(members) > 1:
+        return Cell(f"{len(members)} settings, never averaged")
+    (row,) = members
+    accuracy = measured(row.setting, ACCURACY, row.items)
+    if row.reference in (None, row.setting):
+        return accuracy
+    difference = difference_cell(row).text.removesuffix(f" to {row.reference_at}")
+    return replace(accuracy, text=f"{accuracy.text}; {difference}")
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """A run, as the columns of the table of runs see it."""
+
+    at: int
+    """Number of its setting."""
+    setting: Setting
+    row: int
+
+    def value(self, column: str) -> Any:
+        """What it has in this column; None without such a column."""
+        return self.setting.columns[column][self.row] if column in self.setting.columns else None
+
+    @property
+    def state_cell(self) -> Cell:
+        """Its state, and why it failed."""
+        state, error = self.value("state"), self.value("error")
+        return Cell(f"{state}: {error}" if error else state)
+
+    def number(self, column: str, text: Callable[[float], str]) -> Cell:
+        """A number of it."""
+        value = self.value(column)
+        return Cell(NONE) if value is None else Cell(text(value), float(value))
+
+
+RUN_COLUMNS = (
+    Column("row", "#", cell=lambda run: _numbered(run.at)),
+    Column("setting", "setting", cell=lambda run: Cell(run.setting.label)),
+    Column("seed", "seed", cell=lambda run: Cell(str(run.value(SEED)) if SEED in run.setting.columns else NONE)),
+    Column("run", "run", cell=lambda run: Cell(run.value("run_id"), run_ids=(run.value("run_id"),))),
+    Column("state", "state", cell=lambda run: run.state_cell),
+    Column("accuracy", "accuracy", "↑", cell=lambda run: run.number(ACCURACY.key, lambda value: f"{value:.4f}")),
+    Column("epsilon", "ε", "↓", cell=lambda run: run.number("privacy.epsilon", epsilon_text)),
+)
 
 
 def run_table(name: str, results: Results) -> Table:
     """Every run: where each number of the other tables comes from."""
-    rows = []
-    for at, setting in enumerate(results.settings, 1):
-        content = setting.columns
-        for row in setting.rows:
-            run_id, accuracy = str(content["run_id"][row]), _optional(content, row, ACCURACY)
-            state, error = content["state"][row], (content["error"][row] if "error" in content else None)
-            epsilon = content["privacy.epsilon"][row] if "privacy.epsilon" in content else None
-            rows.append(
-                {
-                    "row": Cell(str(at), at),
-                    "setting": Cell(setting.label),
-                    "seed": Cell(str(content[SEED][row]) if SEED in content else NONE),
-                    "run": Cell(run_id, run_ids=(run_id,)),
-                    "state": Cell(f"{state}: {error}" if error else state),
-                    "accuracy": Cell(NONE if accuracy is None else f"{accuracy:.4f}", accuracy),
-                    "epsilon": Cell(NONE if epsilon is None else epsilon_text(epsilon), epsilon),
-                }
-            )
-    heads = ("#", "setting", "seed", "run", "state", "accuracy", "ε")
-    keys = ("row", "setting", "seed", "run", "state", "accuracy", "epsilon")
-    columns = tuple(
-        Column(key, head, {"accuracy": "↑", "epsilon": "↓"}.get(key, "")) for key, head in zip(keys, heads, strict=True)
-    )
-    return Table(f"{name}-runs", f"{name}: every run", columns, tuple(rows), ("# is the row in the other tables.",))
+    runs = [OneRun(at, item, row) for at, item in enumerate(results.settings, 1) for row in item.rows]
+    rows = tuple(cells_of(RUN_COLUMNS, run) for run in runs)
+    return Table(f"{name}-runs", f"{name}: every run", RUN_COLUMNS, rows, ("# is the row in the other tables.",))
 
 
 INTERVAL = (
-    "[95 %]: the mean over runs ± Student's t times its standard error when runs (seeds) and test items are drawn "
-    "again; for a single run Wilson's interval over its items."
+    "[95 %]: confidence interval of the mean over other seeds and test items (Student's t); of a single run over its "
+    "test items alone (Wilson)."
 )
 INTERVALS = f"{INTERVAL} (n): number of runs."
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What limits the meaning of an epsilon."""
+
+    text: str
+    holds: Callable[[Setting], bool]
+
+
 FLAGS = {
-    "r": "Noise mode reproducible: ε is accounted, not realised (anyone with the seed can subtract the noise).",
-    "p": "The data is a public stand-in: ε is stated as if it were private.",
+    "r": Flag(
+        "Noise mode reproducible: ε is accounted, not realised (anyone with the seed can subtract the noise).",
+        lambda setting: setting.value("privacy.noise_mode") == "reproducible",
+    ),
+    "p": Flag(
+        "The data is a public stand-in: ε is stated as if it were private.",
+        lambda setting: bool(setting.value("privacy.stand_in")),
+    ),
 }
-"""What limits the meaning of an epsilon, by its mark."""
+"""By the mark that an epsilon has in a table."""
 
 
-def notes(results: Results, settings: Sequence[Setting], found: Sequence[Composition], compared: bool) -> list[str]:
-    """What a reader must know to read the main table."""
-    lines = [INTERVALS] if len(results.done) else []
-    if compared:
-        lines.append(
-            "Difference “to k”: to row k, by seed, on the same data and test items but for a condition of the data."
-        )
-    without = sum(run_id not in results.tasks for run_id in results.done["run_id"]) if len(results.runs) else 0
-    if without:
-        lines.append(f"{without} runs are shown without their judged items: those intervals are over seeds only.")
-    private = [item for item in settings if item.private and item.done]
+def about_accuracy(rows: Sequence[Row]) -> Iterable[str]:
+    """What intervals are over."""
+    if done := [run_id for row in rows for run_id in row.setting.run_ids]:
+        yield INTERVALS
+    if without := sum(run_id not in rows[0].results.tasks for run_id in done):
+        yield f"{without} runs are shown without their judged items: those intervals are over seeds only."
+
+
+def about_difference(rows: Sequence[Row]) -> Iterable[str]:
+    """What is compared with what."""
+    if any(row.reference for row in rows):
+        yield "Difference “to k”: to row k, by seed, on the same data and test items but for a condition of the data."
+
+
+def about_epsilon(rows: Sequence[Row]) -> Iterable[str]:
+    """Who sees what, and what the number covers."""
+    private = _private(row.setting for row in rows)
     if private:
-        units = sorted({str(item.value("privacy.unit")) for item in private})
-        lines.append(
-            f"ε: upper bound by the PLD accountant for one run, unit {', '.join(units)}. "
-            "It excludes the choice among runs."
+        who = " or ".join(sorted({protected(str(item.value("privacy.unit"))) for item in private}))
+        yield (
+            "ε bounds how well anyone who sees every noisy step of one run, and so its adapter, can tell whether "
+            f"{who} was trained on (upper bound by the {OF_RUNS} accountant). Several runs, or the choice among them, "
+            "cost more."
         )
     if any(item.value("provenance.repetitions.epsilon") for item in private):
-        lines.append(
-            "“best of K”: ε of the search that released the run, by Rényi DP. It includes the choice, as long as the "
-            "number of trials, the losing ones and the time they took stay secret."
+        yield (
+            f"“best of K”: ε of the search that released the run, by the {OF_A_SEARCH} accountant. It covers the "
+            "choice, as long as the number of trials, the losing ones and the time they took stay secret."
         )
-    lines += [item.text for item in found]
-    lines += [*flag_notes(settings), *mixed(settings), *why_apart(settings), *code_notes(results)]
-    lines += [f"Left out: {reason}" for reason in results.unreadable]
-    return lines
+
+
+def about_cost(rows: Sequence[Row]) -> Iterable[str]:
+    """Why a cost is not told."""
+    if any(not item.value("privacy.stand_in") for item in _private(row.setting for row in rows)):
+        yield "“withheld”: times and memory of runs on private data depend on the batches that were drawn."
+
+
+def protected(unit: str) -> str:
+    """Whom a unit of privacy protects, in words."""
+    return "one record" if unit == "example" else "one user with all their records"
+
+
+def limits(settings: Sequence[Setting]) -> list[str]:
+    """What limits the meaning of the epsilons, and which runs do not belong together."""
+    return [*flag_notes(settings), *mixed(settings), *why_apart(settings)]
 
 
 def flag_notes(settings: Sequence[Setting]) -> list[str]:
     """What limits the meaning of the epsilons."""
-    private = [item for item in settings if item.private and item.done]
-    lines = []
-    if any(item.value("privacy.noise_mode") == "reproducible" for item in private):
-        lines.append(f"(r) {FLAGS['r']}")
-    if any(item.value("privacy.stand_in") for item in private):
-        lines.append(f"(p) {FLAGS['p']}")
-    if any(not item.value("privacy.stand_in") for item in private):
-        lines.append("“withheld”: times and memory of runs on private data depend on the batches that were drawn.")
+    private = _private(settings)
+    lines = [f"({mark}) {flag.text}" for mark, flag in FLAGS.items() if any(map(flag.holds, private))]
     if any((times or 0) > 1 for item in private for times in item.values("privacy.attempts")):
         lines.append("Some runs were begun more than once; ε is for one transcript of each (their ledgers list all).")
     return lines
+
+
+COST, BOTH = ("cost",), ("main", "cost")
+UNTRAINED = Cell("0 (0.00)", 0.0, parts=Parts("0", tail="(0.00)"))
+SETTING_COLUMNS = (
+    Column("row", "#", "", lambda row: _numbered(row.at), tables=BOTH, early=True, narrow=ALWAYS, right=True),
+    Column("setting", "setting", "", setting_cell, tables=BOTH, early=True, narrow=ALWAYS),
+    Column(
+        "accuracy", "accuracy [95 %] (n)", "↑", accuracy_cell, ACCURACY, notes=about_accuracy, early=True, narrow=ALWAYS
+    ),
+    Column("difference", "difference by seed [95 %] (n)", "↑", difference_cell, notes=about_difference, narrow=ALWAYS),
+    _mean("bleu", BLEU, optional=True, narrow=3),
+    _mean("rouge_l", ROUGE_L, optional=True, narrow=2),
+    _mean("unseen", UNSEEN),
+    _mean("worst", WORST),
+    _mean("spread", SPREAD),
+    Column(
+        "epsilon",
+        "ε spent/target",
+        "↓",
+        epsilon_cell,
+        floor=Cell("none"),
+        notes=about_epsilon,
+        tables=BOTH,
+        narrow=ALWAYS,
+    ),
+    Column("delta", "δ", "", delta_cell, tables=BOTH),
+    Column("sigma", "noise multiplier σ", "", sigma_cell, tables=COST),
+    Column("trainable", "trainable (%)", "↓", trainable_cell, floor=UNTRAINED, tables=BOTH, narrow=1, right=True),
+    _mean("seconds", SECONDS, cost_cell, notes=about_cost, tables=BOTH),
+    _mean("memory", MEMORY, cost_cell, notes=about_cost, tables=COST),
+    _mean("perplexity", PERPLEXITY, tables=COST),
+)
+"""The columns of the tables of settings: adding one is adding one here."""
 
 
 def code_notes(results: Results) -> list[str]:
@@ -552,8 +670,16 @@ def code_notes(results: Results) -> list[str]:
     return [f"Stale: {stale} of {len(done)} runs were made by other code{named} than this ({this})."]
 
 
-def _known(results: Results, measure: Measure) -> bool:
-    return measure.key in results.runs and bool(results.runs[measure.key].notna().any())
+def _numbered(at: int) -> Cell:
+    return Cell(str(at), at, parts=Parts(str(at)))
+
+
+def _private(settings: Iterable[Setting]) -> list[Setting]:
+    return [item for item in settings if item.private and item.done]
+
+
+def _spent(setting: Setting) -> list[float]:
+    return [value for value in setting.values("privacy.epsilon") if value is not None]
 
 
 def _is_task(key: str, prefix: str) -> bool:

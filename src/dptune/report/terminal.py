@@ -11,13 +11,9 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dptune.report.tables import FLAGS, INTERVAL, INTERVALS, NONE, TEXT, Cell, Column, Parts, Table
+from dptune.report.tables import ALWAYS, FLAGS, INTERVAL, INTERVALS, NONE, Cell, Column, Parts, Table
 
 WIDEST, NARROWEST = 100, 60
-KEYS = ("row", "setting", "accuracy", "difference", *TEXT, "epsilon", "trainable")
-"""The columns that matter; the wide table and the files have all."""
-FIRST_TO_GO = ("trainable", *reversed(TEXT))
-"""What stays away, one after the other, where there is no room."""
 LINE, TAIL_BELOW, INTERVAL_BELOW = range(3)
 """How a number is set: in one line, with what follows it below, or with its interval below."""
 WORDS = (16, 12, 8)
@@ -35,7 +31,7 @@ _FIXED = "\u00a0"
 class _Block:
     """A column as it is set: lines for its head and for each row, none wider than `width`."""
 
-    key: str
+    column: Column
     width: int
     head: list[str]
     cells: list[list[str]]
@@ -44,22 +40,25 @@ class _Block:
         """One line, filled up to the width of the column."""
         text = lines[at] if 0 <= at < len(lines) else ""
         fill = " " * (self.width - width_of(text))
-        return fill + text if self.key in ("row", "trainable") else text + fill
+        return fill + text if self.column.right else text + fill
 
 
 def narrow(table: Table, width: int = WIDEST) -> str:
     """A main table within `width` columns, with what must be known to read it below."""
     counted, marks = _counted(table), _shared_marks(table)
     filled = [column for column in table.columns if any(row.get(column.key, _EMPTY).text != NONE for row in table.rows)]
-    heads = {column.key: _head(column, counted) for column in filled if column.key in KEYS}
-    cells = {key: [_said(key, row.get(key, _EMPTY), counted, marks) for row in table.rows] for key in heads}
-    blocks = _fitting(heads, cells, width)
+    content = {
+        column: [_said(column.key, row.get(column.key, _EMPTY), counted, marks) for row in table.rows]
+        for column in filled
+        if column.narrow
+    }
+    blocks = _fitting({column: _head(column, counted) for column in content}, content, width)
     lines = [*wrapped(plain(table.title), width), "", *_beside(blocks, [block.head for block in blocks], bottom=True)]
     lines.append("─" * (sum(block.width for block in blocks) + len(GAP) * (len(blocks) - 1)))
     for at in range(len(table.rows)):
         lines += _beside(blocks, [block.cells[at] for block in blocks])
-    shown = {block.key for block in blocks}
-    found = _notes(table, counted, marks, [column for column in filled if column.key not in shown])
+    shown = [block.column for block in blocks]
+    found = _notes(table, counted, marks, [column for column in filled if column not in shown])
     lines += [""] if found else []
     for note in found:
         first, *others = wrapped(plain(note), width - len(GAP))
@@ -121,7 +120,7 @@ def _head(column: Column, counted: set[str]) -> str:
 def _said(key: str, cell: Cell, counted: set[str], shared: set[str]) -> Parts:
     """What a cell says here: without a number of runs, or marks, that a note has."""
     if cell.parts is None:
-        return Parts(plain(cell.text)) if key == "row" else Parts("", words=plain(cell.text))
+        return Parts("", words=plain(cell.text))
     marks = ",".join(mark for mark in cell.parts.marks if mark not in shared)
     n = f"({cell.n})" if key in counted else ""
     return replace(cell.parts, tail=" ".join(filter(None, (n, cell.parts.tail, marks and f"({marks})"))))
@@ -131,9 +130,9 @@ def _counted(table: Table) -> set[str]:
     """The columns that show how many runs are behind each number: accuracy if they differ, others by how it differs."""
     rows = [row for row in table.rows if "row" in row]
     found = {"accuracy"} if len(_runs(rows)) > 1 else set()
-    for key in ("difference", *TEXT):
-        if any(key in row and row[key].n not in (None, row["accuracy"].n) for row in rows):
-            found.add(key)
+    for column in table.columns:
+        if any(column.key in row and row[column.key].n not in (None, row["accuracy"].n) for row in rows):
+            found.add(column.key)
     return found
 
 
@@ -150,7 +149,7 @@ def _shared_marks(table: Table) -> set[str]:
 
 def _notes(table: Table, counted: set[str], shared: set[str], left_out: Sequence[Column]) -> list[str]:
     """The notes of a table, and where to find the rest of it."""
-    everywhere = {f"({mark}) {FLAGS[mark]}": FLAGS[mark] for mark in shared}
+    everywhere = {f"({mark}) {FLAGS[mark].text}": FLAGS[mark].text for mark in shared}
     runs = " (n): number of runs." if counted else ""
     if len(same := _runs(table.rows)) == 1:
         (n,) = same
@@ -162,9 +161,9 @@ def _notes(table: Table, counted: set[str], shared: set[str], left_out: Sequence
     return notes
 
 
-def _fitting(heads: Mapping[str, str], cells: Mapping[str, Sequence[Parts]], width: int) -> list[_Block]:
+def _fitting(heads: Mapping[Column, str], cells: Mapping[Column, Sequence[Parts]], width: int) -> list[_Block]:
     """The columns as they fit: settings in whole words if they can be, then broken at their signs; in few lines."""
-    labels = [cell.words for cell in cells["setting"]]
+    labels = [cell.words for column in cells if column.key == "setting" for cell in cells[column]]
     words = [word for label in labels for word in label.split(" ")]
     pieces = [piece for word in words for piece in re.split(_SIGNS[0], word)]
     whole, broken = (min(max(map(width_of, parts), default=0), MOST) for parts in (words, pieces))
@@ -172,24 +171,25 @@ def _fitting(heads: Mapping[str, str], cells: Mapping[str, Sequence[Parts]], wid
     for goal in (whole, broken):
         if fitting := [blocks for blocks, room in everything if room >= goal]:
             return min(fitting, key=_height)
-    for last in range(1, len(FIRST_TO_GO) + 1):
-        kept = {key: head for key, head in heads.items() if key not in FIRST_TO_GO[:last]}
-        blocks, room = _set_all(kept, cells, width, INTERVAL_BELOW)
+    for least in sorted({column.narrow for column in heads if column.narrow < ALWAYS}):
+        heads = {column: head for column, head in heads.items() if column.narrow > least}
+        blocks, room = _set_all(heads, cells, width, INTERVAL_BELOW)
         if room >= broken:
-            break
-    return blocks
+            return blocks
+    return _set_all(heads, cells, width, INTERVAL_BELOW)[0]
 
 
 def _set_all(
-    heads: Mapping[str, str], cells: Mapping[str, Sequence[Parts]], width: int, fold: int
+    heads: Mapping[Column, str], cells: Mapping[Column, Sequence[Parts]], width: int, fold: int
 ) -> tuple[list[_Block], int]:
     """All columns, and how much room the numbers leave for the settings."""
-    numbers = {key: _set(key, head, cells[key], fold) for key, head in heads.items() if key != "setting"}
-    room = width - sum(block.width + len(GAP) for block in numbers.values())
-    head, labels = heads["setting"], [cell.words for cell in cells["setting"]]
+    blocks = [_set(column, head, cells[column], fold) for column, head in heads.items() if column.key != "setting"]
+    room = width - sum(block.width + len(GAP) for block in blocks)
+    at, setting = next((at, column) for at, column in enumerate(heads) if column.key == "setting")
+    head, labels = heads[setting], [cell.words for cell in cells[setting]]
     taken = min(max(room, LEAST), max(map(width_of, [head, *labels])))
-    setting = _Block("setting", taken, wrapped(head, taken), [wrapped(label, taken) for label in labels])
-    return [setting if key == "setting" else numbers[key] for key in heads], room
+    blocks.insert(at, _Block(setting, taken, wrapped(head, taken), [wrapped(label, taken) for label in labels]))
+    return blocks, room
 
 
 def _height(blocks: Sequence[_Block]) -> int:
@@ -197,7 +197,7 @@ def _height(blocks: Sequence[_Block]) -> int:
     return sum(max(map(len, lines)) for lines in zip(*(block.cells for block in blocks), strict=True))
 
 
-def _set(key: str, head: str, cells: Sequence[Parts], fold: int) -> _Block:
+def _set(column: Column, head: str, cells: Sequence[Parts], fold: int) -> _Block:
     """A column of numbers and what is said of them."""
     numbers = _aligned(cells, fold)
     wide = [line for lines in numbers for line in lines]
@@ -212,7 +212,7 @@ def _set(key: str, head: str, cells: Sequence[Parts], fold: int) -> _Block:
         [*number, *(wrapped(cell.words, width) if cell.words else ())]
         for number, cell in zip(numbers, cells, strict=True)
     ]
-    return _Block(key, width, wrapped(head, width), lines)
+    return _Block(column, width, wrapped(head, width), lines)
 
 
 def _aligned(cells: Sequence[Parts], fold: int) -> list[list[str]]:

@@ -90,7 +90,7 @@ def upload(folder: Path, overrides: Sequence[str]) -> bool:
     """Upload the finished run in a folder; False when that was done before."""
     with locked(folder) as lock:
         record = read(folder)
-        if lock is None or record is None or record.status != "done":
+        if lock is None or record is None or not record.is_done:
             raise BlockingIOError("another process is doing it again, or uploading it")
         config = tracking_of(record.config["tracking"], overrides)
         shown = (file_hash(folder / RECORD_FILE), history(folder), config.allow_private, config.upload_adapters)

@@ -6,11 +6,9 @@ score. What must stay secret, and what the released run costs: SPECIFICATION.md 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,13 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from dptune.config.checks import strict
 from dptune.config.extras import check_extras
 from dptune.config.schema import Config, ConfigError, is_public, noise_mode
-from dptune.identity import local_key, run_id
+from dptune.identity import KEY_FILE, local_key, run_id
 from dptune.privacy.events import Event
 from dptune.privacy.guarantee import GUARANTEE_FILE
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 from dptune.privacy.spent import group_size_of
 from dptune.privacy.streams import KeyRing, Purpose
-from dptune.records.files import write_atomically
+from dptune.records.files import whole_folder, write_atomically, write_once
 from dptune.records.record import (
     ADAPTER_FOLDER,
     HISTORY_FILE,
@@ -40,8 +38,9 @@ from dptune.records.record import (
     copies_in,
     guarantee_of,
     guarantee_page,
+    has_ended,
+    is_done,
     read,
-    run_state,
 )
 from dptune.runs.privacy import make_plan
 from dptune.runs.run import LOG_FILE, run
@@ -117,8 +116,7 @@ class Search:
     @property
     def is_finished(self) -> bool:
         """Whether the best run has been released."""
-        seen = run_state(self.folder)
-        return seen is not None and seen.status == "done"
+        return is_done(self.folder)
 
     def check(self) -> None:
         """Refuse what has no epsilon, and what a search cannot do.
@@ -193,7 +191,7 @@ class Search:
         scores = [score_of(record) for record in records]
         best = scores.index(max(scores))
         record = records[best]
-        if record is None or record.status != "done":
+        if record is None or not record.is_done:
             raise RunFailed(
                 f"search {self.released.run_id}: every trial failed, nothing is released. NON-PRIVATE: the reasons are "
                 f"in {self.secret}; a new search, with another environment.seed=..., costs as much again"
@@ -206,7 +204,7 @@ class Search:
             secret = self.secret.parent
             secret.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(secret / "README", WARNING)
-            write_once(path, json.dumps(dataclasses.asdict(self._drawn())) + "\n")
+            write_once(path, f"{json.dumps(dataclasses.asdict(self._drawn()))}\n".encode())
         return Draw(**json.loads(path.read_text(encoding="utf-8")))
 
     def _drawn(self) -> Draw:
@@ -233,8 +231,7 @@ class Search:
         if not is_public(config.data):
             # Private data must have the same fingerprint in a trial as anywhere else.
             key = local_key(self.root)
-            root.mkdir(parents=True, exist_ok=True)
-            write_once(root / ".fingerprint-key", key)
+            write_once(root / KEY_FILE, key)
         given = {"environment.seed": str(seed), "compute.output_root": quoted(root)}
         overrides = [item for item in job.overrides if item.partition("=")[0] not in given]
         overrides += [f"{name}={value}" for name, value in given.items()]
@@ -246,13 +243,8 @@ class Search:
         Raises:
             OSError: when the folder cannot be written.
         """
-        draft = self.secret / f".released.{os.getpid()}"
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(trial, draft, ignore=shutil.ignore_patterns(*NOT_RELEASED), copy_function=shutil.copyfile)
         config = {**record.config, "compute": {**record.config["compute"], "output_root": str(self.root)}}
         overrides = [item for item in record.provenance["overrides"] if not item.startswith("compute.output_root=")]
-        write_atomically(draft / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-        write_atomically(draft / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(overrides))
         provenance = {
             **record.provenance,
             "started": self._draw().begun,
@@ -274,20 +266,24 @@ class Search:
             # The memory of a process is that of all trials that it did; the time of private runs is not told at all.
             cost=record.cost if public else None,
         )
-        released.guarantee = guarantee_of(released, draft)
-        if (draft / ADAPTER_FOLDER).is_dir():
-            write_atomically(draft / ADAPTER_FOLDER / GUARANTEE_FILE, guarantee_page(released))
-        # The epsilons of a trial on its way are not what its release costs.
-        rows = [json.loads(line) for line in (draft / HISTORY_FILE).read_text(encoding="utf-8").splitlines()]
-        write_atomically(draft / HISTORY_FILE, "".join(json.dumps(row | {"epsilon": None}) + "\n" for row in rows))
-        released.write(draft)
+        released.guarantee = guarantee_of(released, trial)
         try:
-            os.replace(draft, self.folder)
+            # Filled where only the owner looks, so that a half-made copy tells nothing.
+            with whole_folder(self.folder, within=self.secret) as draft:
+                left_out = shutil.ignore_patterns(*NOT_RELEASED)
+                shutil.copytree(trial, draft, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+                write_atomically(draft / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+                write_atomically(draft / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(overrides))
+                if (draft / ADAPTER_FOLDER).is_dir():
+                    write_atomically(draft / ADAPTER_FOLDER / GUARANTEE_FILE, guarantee_page(released))
+                if (path := draft / HISTORY_FILE).is_file():
+                    # The epsilons of a trial on its way are not what its release costs.
+                    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+                    write_atomically(path, "".join(json.dumps(row | {"epsilon": None}) + "\n" for row in rows))
+                released.write(draft)
         except OSError:
             if not self.is_finished:  # Another process that does the same search may have been faster.
                 raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
         return released
 
 
@@ -298,8 +294,7 @@ def trial(tree: DictConfig) -> NotDone | None:
 
 def trial_is_done(job: Job) -> bool:
     """Whether a trial ended; one that failed is not done again, which would be choosing."""
-    seen = run_state(folder_of(job))
-    return seen is not None and seen.status in ("done", "failed")
+    return has_ended(folder_of(job))
 
 
 def folder_of(job: Job) -> Path:
@@ -309,23 +304,9 @@ def folder_of(job: Job) -> Path:
 
 def score_of(record: RunRecord | None) -> float:
     """Noisy score of a trial; the worst for one that failed."""
-    if record is None or record.status != "done" or record.privacy is None or record.privacy.score is None:
+    if record is None or not record.is_done or record.privacy is None or record.privacy.score is None:
         return -math.inf
     return record.privacy.score
-
-
-def write_once(path: Path, content: str | bytes) -> None:
-    """Create a file with all of its content, unless it exists: of several processes the first one wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.touch(mode=0o600)
-    with draft.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    with contextlib.suppress(FileExistsError):
-        os.link(draft, path)
-    draft.unlink()
 
 
 def quoted(path: Path) -> str:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dptune.records.lock import holder
-from dptune.records.record import HISTORY_FILE, RECORD_FILE, RecordError, RunRecord, read, run_state
+from dptune.records.record import HISTORY_FILE, RECORD_FILE, RecordError, RunRecord, has_ended, read
 from dptune.records.state import State
 from dptune.sweeps.progress import Display, in_time, time_left
 from dptune.sweeps.status import of_run
@@ -77,12 +77,11 @@ class Watch:
             self.seen[job.run_id] = mark
             self.begun = True
             try:
-                ended = (short := run_state(folder)) is not None and short.status in ("done", "failed")
-                record = read(folder) if ended else None
+                record = read(folder) if has_ended(folder) else None
             except RecordError as error:
                 self.fail(job, str(error))
                 continue
-            if record is not None and record.status == "done":
+            if record is not None and record.is_done:
                 self._end(job)
                 self.done += 1
                 self._say(job, f"accuracy {result(record)}", self._estimate())

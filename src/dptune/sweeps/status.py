@@ -79,13 +79,13 @@ def status_of(seen: RunState | RecordError, setting: str = "") -> Status:
     if isinstance(seen, RecordError):
         return Status(seen.folder.name, State.FAILED, str(seen), setting)
     name = seen.folder.name
-    if seen.status == "done":
+    if seen.is_done:
         if seen.code == code_version():
             return Status(name, State.DONE, "", setting)
         return Status(name, State.STALE, f"by code {seen.code or 'of no version'}, this is {code_version()}", setting)
     if (process := holder(seen.folder)) is not None:
         return Status(name, State.RUNNING, str(process), setting)
-    if seen.status == "failed":
+    if seen.status == State.FAILED:
         return Status(name, State.FAILED, f"{seen.error}; its log is {seen.folder / 'run.log'}", setting)
     return Status(name, State.INTERRUPTED, "", setting)
 
