@@ -60,6 +60,8 @@ class Release:
     """Records of one unit, each sampled and clipped on its own."""
 
 
+WINNER: Literal["winner of a search"] = "winner of a search"
+"""What is released of a search."""
 Released = Literal["nothing", "unfinished", "adapter", "adapter and score", "winner of a search", "unknown"]
 
 
@@ -108,7 +110,7 @@ class Guarantee:
     @property
     def of_search(self) -> bool:
         """Whether it is that of a whole search."""
-        return self.released == "winner of a search"
+        return self.released == WINNER
 
     @property
     def shown(self) -> float | None:
@@ -164,9 +166,10 @@ class Guarantee:
         texts = (
             [] if self.released != "unfinished" else ["This run did not finish; what it let out counts all the same."]
         )
+        what = "search" if self.of_search else "run"
         texts.append(
-            f"Whoever sees everything this {'search' if self.of_search else 'run'} published can tell whether {self.protects} was in the training data only within "
-            f"ε = {epsilon_text(self.epsilon)} at δ = {self.delta:g}: whatever they conclude is at most "
+            f"Whoever sees everything this {what} published can tell whether {self.protects} was in the training data "
+            f"only within ε = {epsilon_text(self.epsilon)} at δ = {self.delta:g}: whatever they conclude is at most "
             f"{odds_text(self.epsilon)} times as likely with it as without, but for a chance of {self.delta:g}."
         )
         if self.composed_of:

@@ -1,9 +1,11 @@
-"""From plan, ledger and procedure to the guarantee of an artifact: the one function that makes it (SPECIFICATION.md 8.3)."""
+"""From plan, ledger and procedure to the guarantee of an artifact: the one function that makes it.
+
+SPECIFICATION.md 8.3.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any, Literal
 from dptune.privacy import accounting
 from dptune.privacy.accounting import OF_SEARCHES, REFERENCE
 from dptune.privacy.events import Event, PlanError
-from dptune.privacy.guarantee import ADJACENCY, UNITS_IN_WORDS, Guarantee, Release, Released
+from dptune.privacy.guarantee import ADJACENCY, UNITS_IN_WORDS, WINNER, Guarantee, Release, Released
 from dptune.privacy.ledger import LedgerError, begun_steps
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
@@ -65,14 +67,18 @@ def guarantee_of(
         plan: what the run was trained with, or what its record holds of it.
         ledger: its write-ahead ledger.
         circumstances: of the run.
-        repetitions: of a search that released the run: how many trials there may have been, and what each may have cost.
+        repetitions: of a search that released the run: how many trials there may have been, what each may have cost.
         epsilon: what an older record says of one finished transcript; taken where that is all there is.
         accountants: the same by every accountant.
     """
+    stand_in = circumstances.stand_in
     try:
         planned = plan if isinstance(plan, PrivacyPlan) else PrivacyPlan.from_dict(plan or {})
-        if not planned.private:
-            return Guarantee("adapter", private=False, stand_in=circumstances.stand_in)
+    except (ValueError, TypeError) as error:
+        return Guarantee("unknown", private=True, stand_in=stand_in, not_covered=(str(error),))
+    if not planned.private:
+        return Guarantee("adapter", private=False, stand_in=stand_in)
+    try:
         transcripts = _transcripts(planned, ledger, circumstances)
         # Of what holds for more than one transcript of single records, older records did not know.
         simple = len(transcripts) <= 1 and circumstances.status == "done" and circumstances.copies == 1
@@ -80,7 +86,15 @@ def guarantee_of(
         made = _of_run(planned, transcripts, circumstances, known)
         return made if repetitions is None else _of_search(made, planned, circumstances, repetitions)
     except (LedgerError, ValueError, TypeError) as error:
-        return Guarantee("unknown", private=True, stand_in=circumstances.stand_in, not_covered=(str(error),))
+        return Guarantee(
+            "unknown",
+            private=True,
+            delta=planned.delta,
+            unit=planned.unit,
+            protects=UNITS_IN_WORDS[planned.unit],
+            stand_in=stand_in,
+            not_covered=(str(error),),
+        )
 
 
 def group_size_of(event: Event, copies: int) -> Event:
@@ -197,7 +211,7 @@ def _of_search(
     epsilon = epsilon_best(candidates, procedure, delta)
     return dataclasses.replace(
         run,
-        released="winner of a search",
+        released=WINNER,
         epsilon=epsilon,
         delta=delta,
         accountant=OF_SEARCHES,
@@ -206,8 +220,8 @@ def _of_search(
         attempts=1,
         steps=plan.steps,
         composed_of=(
-            f"the best of a random, secret number of runs (mean {procedure.mean:g}), each of which may have cost any of "
-            f"{len(candidates)} things (trainings of the candidates, and noisy scores)",
+            f"the best of a random, secret number of runs (mean {procedure.mean:g}), each of which may have cost "
+            f"any of {len(candidates)} things (trainings of the candidates, and noisy scores)",
         ),
         not_covered=tuple(_not_covered(plan, circumstances, search=True)),
         training=(),

@@ -23,7 +23,7 @@ from dptune.records.files import write_atomically
 from dptune.records.state import State
 
 SCHEMA_VERSION = 2
-"""Records of version 1, which stated epsilon in `privacy`, are read too: their guarantee is made from what they hold."""
+"""Records of version 1, with an epsilon in `privacy`, are read too: their guarantee is made from what they hold."""
 
 
 RECORD_FILE, HISTORY_FILE, EVALUATION_FILE = "record.json", "history.jsonl", "evaluation.jsonl"

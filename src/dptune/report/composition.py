@@ -69,8 +69,10 @@ def _of(runs: pd.DataFrame) -> list[Composition]:
     ids = tuple(runs["run_id"])
     data = str(runs["provenance.data"].iloc[0]) if "provenance.data" in runs else "unknown"
     if (unknown := runs["guarantee.epsilon"].isna()).any():
-        which = ", ".join(runs["run_id"][unknown])
-        return [Composition(f"No ε is stated for all {len(runs)} runs: that of {which} is unknown.", None, None, ids)]
+        which = "; ".join(
+            f"{row.run_id}: {', '.join(row['guarantee.not_covered'])}" for _, row in runs[unknown].iterrows()
+        )
+        return [Composition(f"No ε is stated for all {len(runs)} runs ({which}).", None, None, ids)]
     unit, delta = runs["guarantee.unit"].iloc[0], float(runs["guarantee.delta"].iloc[0])
     chosen = runs[MEAN].notna() if MEAN in runs else runs["run_id"].isna()
     try:
@@ -85,11 +87,13 @@ def _of(runs: pd.DataFrame) -> list[Composition]:
     if len(runs) == len(searches) == 1:
         what = f"releasing {best}"
     else:
-        what = f"releasing all {ended} runs together"
+        begun = len(runs) - ended
+        unended = f"what {begun} runs let out that failed or did not end"
+        what = f"releasing all {ended} runs together" if ended else unended
         if (again := int(runs["guarantee.attempts"][~chosen].clip(lower=1).sum()) - int((~chosen).sum())) > 0:
             what += f", and {again} transcripts that were begun before,"
-        if begun := len(runs) - ended:
-            what += f", and what {begun} runs let out that failed or did not end,"
+        if ended and begun:
+            what += f", and {unended},"
         if searches:
             what += f", where {len(searches)} of them count as the whole search, {best},"
     text = f"Epsilon of {what} is {epsilon_text(epsilon)} (delta = {delta:g}, unit {unit}, {how})."
