@@ -68,10 +68,10 @@ class RandomSweeper(AxesSweeper):
         if search.is_finished:
             print(f"{name} is finished: {search.folder}", flush=True)
             return []
-        epsilon, delta = epsilon_text(search.epsilon), search.candidates[0].config.privacy.delta
+        delta = search.candidates[0].config.privacy.delta
         print(
             f"{name}: a secret number of trials among {len(search.candidates)} configs ({self.mean:g} expected); "
-            f"epsilon of the whole {epsilon} at delta {delta:g}",
+            f"epsilon of the whole {epsilon_text(search.epsilon)} at delta {delta:g}",
             flush=True,
         )
         missing = [job for job in search.trials() if not trial_is_done(job)]

@@ -196,7 +196,7 @@ class Guarantee:
                 "neighbours": self.adjacency,
                 "ε (rounded up)": epsilon_text(self.epsilon),
                 "δ": f"{self.delta:g}",
-                "odds factor e^ε (rounded up)": odds_text(self.epsilon),
+                "odds factor (its exponential, rounded up)": odds_text(self.epsilon),
             }
             lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
             lines += ["The bound is worst case: it holds whatever else is known. A lower ε is better; at ε = 0 nothing"]

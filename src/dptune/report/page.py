@@ -380,8 +380,8 @@ def _history(results: Results, columns: Mapping[str, Sequence[Any]], row: int) -
     names |= {"NON_PRIVATE/loss": "loss"} if public else {}
     rows = history(results.root / str(columns["run_id"][row]))
     guarantee: Guarantee | None = columns["guarantee"][row]
-    spent = [rounded_up(float(str(step["epsilon"]))) for step in rows if step.get("epsilon") is not None]
-    if guarantee is None or not spent or max(spent) != guarantee.shown:
+    spent = [value for step in rows if isinstance(value := step.get("epsilon"), int | float)]
+    if guarantee is None or not spent or rounded_up(max(spent)) != guarantee.shown:
         del names["epsilon"]  # It is not the way to what the run guarantees: of a search, of several attempts.
     marked = [at for at, step in enumerate(rows) if step.get("epsilon") is not None]
     kept = thinned(rows, HISTORY_POINTS) if len(rows) > HISTORY_POINTS else rows

@@ -484,11 +484,12 @@ def progress(step: Step, plan: PrivacyPlan, config: Config, epsilon: float | Non
 def in_one_line(record: RunRecord) -> str:
     """The finished run in one line."""
     metrics, floor, guarantee, parameters = record.metrics, record.zero_shot, record.guarantee, record.parameters
-    assert metrics and floor and guarantee and parameters and record.cost
+    assert metrics and floor and guarantee and parameters
+    time_taken = f"  {record.cost.seconds:.1f} s" if record.cost else ""
     delta = "" if guarantee.epsilon is None else f" at delta {guarantee.delta:g}"
     return (
         f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent(record)}{delta}  "
-        f"{parameters.trainable:,} of {parameters.total:,} parameters trained  {record.cost.seconds:.1f} s"
+        f"{parameters.trainable:,} of {parameters.total:,} parameters trained{time_taken}"
     )
 
 
