@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"config", "records", "runs", "sweeps", "report"},
 }
 LIGHT = ["config", "identity", "records", "sweeps", "runs.privacy", "runs.watch", "report", "installation"]
-LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
+LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection", "guarantee", "spent"]
 CHOICES = {"dptune.privacy.rules"} | {
     f"dptune.privacy.rules.{name}"
     for name in ("ALLOCATIONS", "CLIPPINGS", "GROUPINGS", "SCHEDULES", "UNITS", "WEIGHTS", "NoiseMode")
