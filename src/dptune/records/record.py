@@ -218,6 +218,8 @@ def guarantee_of(record: RunRecord, folder: Path, first_version: bool = False, *
     """
     from dptune.privacy import spent
 
+    if record.privacy is None and (record.config.get("privacy") or {}).get("enabled") is False:
+        return Guarantee("adapter", private=False)
     if record.privacy is None:
         return Guarantee("unknown", private=True, not_covered=("the record does not hold a privacy plan",))
     if not record.privacy.private:

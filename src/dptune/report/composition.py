@@ -14,6 +14,7 @@ from dptune.privacy.guarantee import epsilon_text
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, curve_best, epsilon_all
 from dptune.privacy.spent import group_size_of
+from dptune.records.state import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,6 +63,10 @@ def compositions(runs: pd.DataFrame) -> list[Composition]:
         found.append(Composition(text, None, None, ()))
     if without := int((done & (runs["guarantee.private"] != True)).sum()):  # noqa: E712
         found.append(Composition(f"The {without} non-private runs have no ε at all.", None, None, ()))
+    silent = runs["state"].isin([State.FAILED, State.BEGUN]) & (runs["guarantee.released"] == "unknown")
+    if count := int(silent.sum()):
+        text = f"{count} runs failed or did not end, and do not tell what they let out: it is not in the ε above."
+        found.append(Composition(text, None, None, ()))
     return found
 
 
