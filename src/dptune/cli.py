@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dptune.config.checks import strict, unknown_key
+from dptune.config.checks import strict, unknown_choice, unknown_key
 from dptune.config.extras import needs
 from dptune.config.schema import Config, ConfigError
 from dptune.records.frame import without_collector
@@ -113,9 +113,7 @@ def sweep(argv: list[str]) -> None:
     if not argv or not is_word(argv[0]):
         raise ConfigError(f"sweep needs a name first: {', '.join(names())}")
     if argv[0] not in names():
-        near = difflib.get_close_matches(argv[0], names(), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"sweep {argv[0]} does not exist; {hint}sweeps can be: {', '.join(names())}")
+        raise ConfigError(unknown_choice(f"sweep {argv[0]}", argv[0], "sweeps", names()))
     compose_and_run(["-m", f"sweeps={argv[0]}", *argv[1:]])
 
 
@@ -322,7 +320,7 @@ def in_one_line(error: Exception) -> str:
         choices = match[2].split()
         if match[1].startswith("sweeps/"):
             group, choice, choices = "sweeps", match[1].removeprefix("sweeps/"), names()
-        return f"{group}={choice} does not exist; {group} can be: {', '.join(choices)}"
+        return unknown_choice(f"{group}={choice}", choice, group, choices)
     if "Could not load 'hydra/launcher/submitit_slurm'" in text:
         return needs("slurm", "hydra/launcher=slurm")
     if text.startswith("Error merging override") and error.__cause__ is not None:

@@ -34,7 +34,7 @@ if __name__ == "__main__" and not OLDEST <= sys.version_info[:2] <= NEWEST:
     )
     sys.exit(USAGE_ERROR)
 
-HERE = Path(__file__).resolve()
+HERE, PYTHON = Path(__file__).resolve(), "{}.{}".format(*sys.version_info[:2])
 LOCK = next(
     (path for path in (folder / "constraints.txt" for folder in (HERE.parent, HERE.parents[2])) if path.is_file()),
     HERE.parents[2] / "constraints.txt",
@@ -55,11 +55,7 @@ class Unresolved(SetupError):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line asks for.
-
-    Returns:
-        The exit status.
-    """
+    """Do what the command line asks for; the exit status."""
     try:
         if arguments[0] == "--intact":
             return 0 if is_intact(Path(arguments[1])) else 1
@@ -81,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 DISK_FULL = (
-    "no space is left in the environment's folder or that of temporary files: free some (the base takes 1.3 GB), or "
+    "no space is left in the environment's folder or that of temporary files: free some (the base takes 1.4 GB), or "
     "choose others with VENV=... and TMPDIR=..."
 )
 
@@ -233,22 +229,19 @@ def make(venv: Path) -> None:
     """
     venv.mkdir(parents=True, exist_ok=True)
     write_marker(venv, UNFINISHED, adopted=False)
-    done = subprocess.run(
-        [sys.executable, "-m", "venv", str(venv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
+    status, output = output_of([sys.executable, "-m", "venv", str(venv)])
+    if status:
         # What ensurepip says is not shown by venv.
-        full = is_disk_full(done.stdout) or shutil.disk_usage(venv).free < LEAST_FREE
+        full = is_disk_full(output) or shutil.disk_usage(venv).free < LEAST_FREE
         remove(venv)
         if full:
             raise SetupError(DISK_FULL)
-        if "ensurepip" in done.stdout or "No module named venv" in done.stdout:
-            version = "{}.{}".format(*sys.version_info[:2])
+        if "ensurepip" in output or "No module named venv" in output:
             raise SetupError(
                 f"this Python ({sys.executable}) has no venv with pip: on Debian and Ubuntu `apt-get install "
-                f"python{version}-venv` as root, or give another Python: make PYTHON=python3.12 ..."
+                f"python{PYTHON}-venv` as root, or give another Python: make PYTHON=python3.12 ..."
             )
-        raise SetupError(f"no environment: {_last_line(done.stdout)}")
+        raise SetupError(f"no environment: {(output.strip() or 'no reason given').splitlines()[-1]}")
 
 
 # pip.
@@ -257,14 +250,15 @@ def make(venv: Path) -> None:
 def pip(python: str, *arguments: str) -> tuple[int, str]:
     """Exit status and output of pip in an environment."""
     # Isolated: what PYTHONPATH or the user's site-packages have would count as installed.
-    command = [python, "-Im", "pip", *arguments]
+    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"}
+    return output_of([python, "-Im", "pip", *arguments], quiet)
+
+
+def output_of(command: Sequence[str], variables: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Exit status and output of a command, with some variables of the environment on top."""
+    env = {**os.environ, **(variables or {})}
     done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"},
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
     )
     return done.returncode, done.stdout
 
@@ -333,9 +327,8 @@ def failure(output: str) -> SetupError:
         )
     absent = re.search(r"No matching distribution found for (.+)", output)
     if absent:
-        version = "{}.{}".format(*sys.version_info[:2])
         return Unresolved(
-            f"the index has no {absent[1].strip()} for Python {version} on {sysconfig.get_platform()}: give an index "
+            f"the index has no {absent[1].strip()} for Python {PYTHON} on {sysconfig.get_platform()}: give an index "
             "that has it in PIP_EXTRA_INDEX_URL, or another Python (make PYTHON=python3.12 ...); if it has no release "
             "of it at all, check the network and the proxy, too"
         )
@@ -352,10 +345,6 @@ def is_unreachable(output: str) -> bool:
     """Whether pip found nothing because it reached no index."""
     broken = r"after connection broken by|Could not fetch URL|ConnectTimeoutError|ReadTimeoutError|NameResolutionError"
     return bool(re.search(broken, output)) and ("from versions: none" in output or "ERROR: No matching" not in output)
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
 
 
 # The lock.
@@ -429,7 +418,7 @@ def write_lock(upgrade: bool) -> None:
         found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
     lines = sorted((canonical(item["name"]), item["version"].partition("+")[0]) for item in found)
     text = "".join(f"{name}=={version}\n" for name, version in lines if name != "dptune")
-    LOCK.write_text(HEADER.format("{}.{}".format(*sys.version_info[:2])) + text, encoding="utf-8")
+    LOCK.write_text(HEADER.format(PYTHON) + text, encoding="utf-8")
     if gone:
         print(f"dptune: no longer on the index: {', '.join(f'{name} {was}' for name, was in gone.items())}")
 

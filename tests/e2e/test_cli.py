@@ -26,6 +26,7 @@ SMALL = [
         (["privacy.epsilom=3"], "unknown key privacy.epsilom; did you mean"),
         (["+privacy.epsilom=3"], "unknown key privacy.epsilom; did you mean"),
         (["adapter=nope"], "adapter=nope does not exist; adapter can be: "),
+        (["adapter=lroa"], "adapter=lroa does not exist; did you mean lora? adapter can be: "),
         (["hyperparameter.steps=many"], "hyperparameter.steps=many: Value 'many'"),
         (["privacy.target_epsilon=-1"], "privacy.target_epsilon=-1 must be above 0"),
         (["sweeps=smoke"], "sweeps=smoke is a sweep: add -m"),
@@ -45,7 +46,7 @@ SMALL = [
         (["status", "smoke", "--wotch"], "the only flag is --watch"),
         (["status", "--watch"], "needs the name of a sweep"),
         (["status", "smoke", "tasks"], "give at most one sweep"),
-        (["-m", "sweeps=environment/nope"], "sweeps=environment/nope does not exist; sweeps can be: adapters, "),
+        (["-m", "sweeps=environment/nope"], "sweeps=environment/nope does not exist; did you mean environment/"),
     ],
 )
 def test_a_mistake_is_one_line_with_status_2_and_leaves_nothing(

@@ -19,9 +19,10 @@ from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
-from dptune.models.adapters import attach, model_type_of
+from dptune.models.adapters import attach
+from dptune.models.layers import model_type_of
 from dptune.models.peft_adapters import quiet
-from dptune.models.pst import PrunedLinear, nonzeros, sparsity_after
+from dptune.models.pst import PrunedLinear, sparsity_after
 from dptune.privacy.engines import ENGINES
 
 pytestmark = pytest.mark.numerical
@@ -328,6 +329,12 @@ def test_pst_ramps_up_to_exactly_its_sparsity() -> None:
     for layer in model.modules():
         if isinstance(layer, PrunedLinear):
             assert layer.scores()[layer.pst_mask].min() >= layer.scores()[~layer.pst_mask].max()
+
+
+def nonzeros(model: Any) -> dict[str, int]:
+    """Exact number of weights that are not zero in each pruned layer."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PrunedLinear)}
+    return {name: int(layer.released().count_nonzero()) for name, layer in layers.items()}
 
 
 def test_pst_masks_are_stored_as_they_are(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dptune.config.schema import AdapterConfig
 from dptune.data.batches import InputFormat, collate, example_losses, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
+from dptune.models.layers import model_type_of
 from dptune.privacy.batch_shape import FixedShapeEngine, fixed_shape_engine
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import Batch, Engine, EngineError, Gradients, LoopEngine, moved
@@ -36,7 +37,7 @@ def probes(layout: InputFormat) -> tuple[Batch, Batch]:
 
 def adapted(backbone: str, dtype: torch.dtype = torch.bfloat16, name: str = "lora") -> tuple[torch.nn.Module, Engine]:
     model = BACKBONES[backbone]().to(dtype)
-    engine = adapters.engine_of(name, adapters.model_type_of(model))
+    engine = adapters.engine_of(name, model_type_of(model))
     model = adapters.attach(model, AdapterConfig(name=name, virtual_tokens=3), rank=2, steps=10, seed=0)
     return model, ENGINES[engine](model, example_losses)
 

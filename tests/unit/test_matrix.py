@@ -15,6 +15,7 @@ from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import architecture_of
+from dptune.models.layers import model_type_of
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import EngineError
 
@@ -70,7 +71,7 @@ def test_a_cell_is_right_or_says_why_not(kind: str, backbone: str) -> None:
     architecture = architecture_of(model.config)
     reading = layout(model)
     try:
-        chosen = adapters.engine_of(kind, adapters.model_type_of(model))
+        chosen = adapters.engine_of(kind, model_type_of(model))
         model = adapters.attach(model, AdapterConfig(name=kind, virtual_tokens=3), rank=2, steps=10, seed=0)
     except ConfigError as error:
         assert "; choose" in str(error) and "\n" not in str(error)

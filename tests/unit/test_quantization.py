@@ -17,8 +17,8 @@ from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
-from dptune.models.layers import linear_layers, output_head
-from dptune.models.quantization import BLOCK, FORMATS, NF4_LEVELS, quantize, quantized_layers, stored_bytes
+from dptune.models.layers import linear_layers, model_type_of, output_head
+from dptune.models.quantization import BLOCK, FORMATS, NF4_LEVELS, quantize, quantized_layers
 from dptune.models.state import AdapterState
 from dptune.privacy.engines import ENGINES
 from dptune.privacy.gradients import LoopEngine
@@ -92,6 +92,12 @@ def test_nf4_levels_are_quantiles_of_a_normal_distribution() -> None:
     assert_close_to_largest(LEVELS, expected, rtol=1e-6)  # they are stated in float32
 
 
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers; a tied one counts once."""
+    tensors = {id(value): value for value in [*model.parameters(), *model.buffers()]}
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
 @pytest.mark.parametrize("kind", list(FORMATS))
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_all_linear_layers_but_the_head_are_rounded_and_memory_falls(backbone: str, kind: str) -> None:
@@ -155,7 +161,7 @@ def test_gradients_on_a_rounded_backbone_are_those_on_its_weights(name: str, bac
             adapted(rough, name)
         assert "\n" not in str(error.value)
         return
-    engine = adapters.engine_of(name, adapters.model_type_of(rough))
+    engine = adapters.engine_of(name, model_type_of(rough))
     rough, same = adapted(rough, name), adapted(same, name)
     batch = collate(ROWS, layout_of(backbone))
     losses, expected = LoopEngine(same, example_losses)(batch)

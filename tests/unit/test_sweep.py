@@ -86,7 +86,7 @@ def test_the_page_of_the_sweeps_is_what_their_headers_make(tmp_path: Path) -> No
     again = tmp_path / "README.md"
     again.write_text(re.sub(rf"(?s)(?<={readme.BEGIN}).*(?={readme.END})", "of yesterday", now), encoding="utf-8")
     readme.main(again)
-    assert again.read_text(encoding="utf-8") == now, "python -m dptune.sweeps.readme makes it again"
+    assert again.read_text(encoding="utf-8") == now, "make sweeps-readme makes it again"
     assert sorted(re.findall(r"^\| \[([^\]]+)\]", now, re.MULTILINE)) == names()
 
 

@@ -25,7 +25,7 @@ class AdapterKind:
     placed: bool = True
     """Whether `target_modules` and `top_layers` say where it is."""
     top_only: bool = False
-    """Whether only `top_layers` does."""
+    """Whether only `top_layers` says where it is."""
     own_weights: bool = False
     """Whether it trains the backbone's own parameters, which must be float32 then."""
     changes_matrices: bool = False

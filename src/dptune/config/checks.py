@@ -8,7 +8,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,13 @@ def unknown_key(key: str) -> str:
         leaf = key.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == leaf][:1]
     return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see `dptune --cfg job`")
+
+
+def unknown_choice(given: str, name: str, kind: str, choices: Sequence[str]) -> str:
+    """A sentence about a name that is none of the choices of a kind, with the nearest one."""
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{given} does not exist; {hint}{kind} can be: {', '.join(choices)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -228,7 +228,7 @@ class DataConfig:
     """A record with more than `environment.sequence_length` tokens is cut by a public rule, or is a bad record."""
     on_bad: str = _one_of("error", "skip")
     """A bad record stops the run with its file, line and field, or is left out and listed for the person at the
-    terminal. What is listed is not private: it must not be published."""
+    terminal. The list is not paid for by any epsilon: it must not be published."""
 
 
 @dataclass
@@ -238,7 +238,7 @@ class HyperparameterConfig:
     learning_rate: float = _number(0.02, above=0)
     """Peak learning rate."""
     steps: int = _number(50, least=0)
-    """Number of noisy steps; 0 judges the backbone as it is."""
+    """Number of noisy steps; 0 evaluates the backbone as it is."""
     expected_batch_size: int = _number(256, least=1)
     """Expected size of a Poisson batch: sample rate times number of units; the public divisor of the sum."""
     max_grad_norm: float = _number(0.3, above=0)
@@ -288,10 +288,10 @@ class EnvironmentConfig:
 
 @dataclass
 class EvaluationConfig:
-    """How free-form answers are judged. They are written greedily and compared with all references of their prompt."""
+    """How free-form answers are evaluated: generated greedily and compared with all references of their prompt."""
 
     prompts: int | None = _number(200, least=1)
-    """Test prompts of each free-form task that are answered (null: all); records with other prompts are not judged."""
+    """Test prompts of each free-form task that are answered (null: all); records with other prompts are left out."""
     max_new_tokens: int = _number(64, least=1)
     """Most tokens that an answer may have."""
 
@@ -321,8 +321,8 @@ class DataSensitivityConfig:
     instruction_perturbation: float = _number(0.0, least=0, most=1)
     """Share of the training records whose instruction has a typo, other case, other order or a synonym."""
     duplicates: float = _number(0.0, least=0, most=1)
-    """Share of the training records that occur twice. The guarantee is for one copy: who is in the data twice is two
-    examples, and needs the user as the unit of privacy."""
+    """Share of the training records that occur twice. The guarantee is for one copy: a person whose record
+    occurs twice is two examples, and needs the user as the unit of privacy."""
     unseen_instructions: float = _number(0.0, least=0, most=1)
     """Share of the test records whose instruction has a wording that no training record has."""
     test_class_shift: float = _number(1.0, least=1)

@@ -1,7 +1,7 @@
-"""Which records are kept: few of many, by keys that are functions of the record and a public seed. No torch here.
+"""Which records are kept: those with the smallest keys, each a hash of the record and a public seed. No torch here.
 
-The key decides, not the place, so that the same records are kept whatever their order is, and a bound on their number
-bounds the memory of reading. A kept record that is taken away leaves its place to a ghost (SPECIFICATION.md 1.1).
+The order of the records does not matter, and no more of them are in memory than are kept. In a neighbouring data set a
+ghost stands in the place of a kept record, so that no other record moves up (SPECIFICATION.md 1.1).
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Smallest:
 
 
 class Mixture:
-    """Examples of several tasks in stated proportions, the most that there are or `size` of them.
+    """Examples of several tasks in given proportions.
 
     Args:
-        weights: of every task that is offered, each above 0; their sum counts as one.
-        size: number of examples wanted (null: all that the proportions permit).
+        weights: by task, above 0, for every task that is offered; they are divided by their sum.
+        size: most examples to keep; None: as many as the proportions permit.
         seed: decides which examples of a task are kept.
     """
 

@@ -22,18 +22,6 @@ from dptune.models.layers import check_rows_are_independent, model_type_of
 from dptune.models.quantization import quantized_layers, refuse_merging
 from dptune.records.record import Parameters
 
-__all__ = [
-    "after_step",
-    "attach",
-    "count",
-    "engine_of",
-    "load_adapter",
-    "model_type_of",
-    "save",
-    "set_modes",
-    "trainable_parameters",
-]
-
 
 @dataclass(frozen=True)
 class Attached:

@@ -12,15 +12,15 @@ from transformers.pytorch_utils import Conv1D
 
 from dptune.config.schema import AdapterConfig, ConfigError
 
-ARCHITECTURES = ("decoder", "gpt2", "encoder", "encoder_decoder")
-"""`gpt2` stands for every decoder whose layers are transformers' `Conv1D`, which stores weights transposed."""
-
 Layers = dict[str, torch.nn.Module]
 """Layers by their name in the backbone."""
 
 
 def model_type_of(model: Any) -> str:
-    """One of `ARCHITECTURES`; an encoder is what transformers calls `...ForMaskedLM`."""
+    """`decoder`, `gpt2`, `encoder` (`...ForMaskedLM`) or `encoder_decoder`.
+
+    `gpt2` stands for every decoder whose layers are transformers' `Conv1D`, which stores weights transposed.
+    """
     backbone = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(backbone.config, "is_encoder_decoder", False):
         return "encoder_decoder"
@@ -164,18 +164,10 @@ _LLAMA = Sublayers(r"self_attn\.o_proj", "mlp", r"mlp\.down_proj", r"self_attn\.
 _BERT = Sublayers(r"attention\.output\.dense", "output", r"output\.dense", r"attention\.self\.(key|value)")
 
 SUBLAYERS: Mapping[str, Sublayers] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "olmo2": _LLAMA,
-    "smollm3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "gemma", "gemma2"), _LLAMA),
     "gpt2": Sublayers(r"attn\.c_proj", "mlp", r"mlp\.c_proj", r"attn\.c_attn"),
     "gpt_neox": Sublayers(r"attention\.dense", "mlp", r"mlp\.dense_4h_to_h", r"attention\.query_key_value"),
-    "bert": _BERT,
-    "roberta": _BERT,
+    **dict.fromkeys(("bert", "roberta"), _BERT),
     "t5": Sublayers(
         r"layer\.\d+\.SelfAttention\.o",
         r"layer\.\d+\.DenseReluDense",

@@ -81,18 +81,20 @@ class BertParallelBottleneck(Bottleneck):
 def houlsby(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> torch.nn.Module:
     """Bottlenecks after self-attention and after the feed-forward network (arXiv:1902.00751)."""
     where = sublayers(model, config)
-    for pattern in (where.attention_output, where.feed_forward_output):
-        for name, layer in matching(model, pattern, config).items():
-            adapter = SequentialBottleneck(layer, widths(layer)[1], config.bottleneck, torch.nn.GELU())
-            replace(model, name, adapter)
-    return model
+    _put_behind(model, where.attention_output, config, torch.nn.GELU)
+    return _put_behind(model, where.feed_forward_output, config, torch.nn.GELU)
 
 
 def pfeiffer(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> torch.nn.Module:
     """Bottlenecks after the feed-forward network (arXiv:2005.00247)."""
-    for name, layer in matching(model, sublayers(model, config).feed_forward_output, config).items():
-        adapter = SequentialBottleneck(layer, widths(layer)[1], config.bottleneck, torch.nn.ReLU())
-        replace(model, name, adapter)
+    return _put_behind(model, sublayers(model, config).feed_forward_output, config, torch.nn.ReLU)
+
+
+def _put_behind(
+    model: torch.nn.Module, pattern: str, config: AdapterConfig, activation: type[torch.nn.Module]
+) -> torch.nn.Module:
+    for name, layer in matching(model, pattern, config).items():
+        replace(model, name, SequentialBottleneck(layer, widths(layer)[1], config.bottleneck, activation()))
     return model
 
 

@@ -74,7 +74,8 @@ def lora_xs(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int
     it has a gradient all the same.
     """
     adapted = lora(model, config, rank, steps)
-    for _, layer in _lora_layers(adapted):
+    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
         weight = layer.get_base_layer().weight.detach().float()
         if layer.fan_in_fan_out:
             weight = weight.T
@@ -326,12 +327,6 @@ def _seed() -> int:
 
 def _backbone(model: PeftModel) -> Any:
     return model.get_base_model()
-
-
-def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
 
 
 @torch.no_grad()

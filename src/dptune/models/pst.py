@@ -97,16 +97,6 @@ def pst(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) ->
     return model
 
 
-@torch.no_grad()
-def nonzeros(model: torch.nn.Module) -> dict[str, int]:
-    """Exact number of weights that are not zero in each pruned layer."""
-    return {
-        name: int(module.released().count_nonzero())
-        for name, module in model.named_modules()
-        if isinstance(module, PrunedLinear)
-    }
-
-
 def sparsity_after(step: int, steps: int, final: float) -> float:
     """Sparsity once `step` (from 0) of `steps` is done: a cubic ramp from 0 to `final` between the holds."""
     begin, end = INITIAL_HOLD * steps, (1 - FINAL_HOLD) * steps

@@ -175,12 +175,6 @@ def quantized_layers(model: torch.nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
-def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers; a tied one counts once."""
-    tensors = {id(value): value for value in [*model.parameters(), *model.buffers()]}
-    return sum(value.numel() * value.element_size() for value in tensors.values())
-
-
 def refuse_merging(adapted: Any) -> None:
     """Make PEFT's merge of an adapter into rounded weights an error: it would change a weight that is then given up."""
 

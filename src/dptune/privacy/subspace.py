@@ -136,8 +136,8 @@ class Carriers:
     def project(self, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """G R^T (b, out, r) and L^T G (b, r, in) of each matrix, other parameters as they are; dtypes stay.
 
-        The engine has made the gradients G by then, b * out * in numbers for each matrix. The paper also makes the
-        carriers part of the model, to need b * r * (out + in) numbers only; this is not done here.
+        The engine computes each G first, which takes b * out * in numbers per matrix. The paper puts the carriers into
+        the model and never forms G, which takes b * r * (out + in) numbers; this is not implemented here.
         """
         coordinates: dict[str, Tensor] = {}
         for name, shape in _shapes(self.groups).items():
@@ -181,7 +181,7 @@ def gradient_carriers(
 
     Args:
         groups: the groups.
-        rank: r >= 1; a matrix with out in <= r (out + in) gets no carriers.
+        rank: r >= 1; a matrix with out * in <= r (out + in) gets no carriers.
         stream: public, of purpose `projection`.
         update: by parameter the update so far, or the sum of the gradients that were released; the scale does
             not matter. It must be a function of released quantities. None: the carriers are random.
@@ -217,7 +217,7 @@ def principal_subspace(groups: Sequence[Group], gradients: Mapping[str, Tensor],
     """The k directions with most energy in the given gradients (5 c1 and c3).
 
     Free if the gradients are of public data (2007.03813) or are past releases; those of private data must be
-    paid for (`PaidSubspace`). Releases that were lifted from a subspace lie in it, and so do their directions.
+    paid for (`PaidSubspace`). Past releases that were lifted from a subspace lie in it, so their directions do, too.
 
     Args:
         groups: the groups.
@@ -244,7 +244,7 @@ class PaidSubspace:
     """The k leading directions of private gradients, from a noised sum of v v^T (5 c2; Dwork et al. 2014).
 
     Each record's v_g is clipped to |v_g|^2 <= 1/sqrt(G), so that the matrices v_g v_g^T of one record have a
-    joint Frobenius norm of at most 1. Costs d_g^2 numbers a group: for small groups.
+    joint Frobenius norm of at most 1. It keeps d_g^2 numbers for each group, so it is for small groups.
     """
 
     def __init__(self, groups: Sequence[Group], plan: PrivacyPlan, keys: KeyRing) -> None:
@@ -349,8 +349,7 @@ def adam_bc(first_moment: Tensor, second_moment: Tensor, noise_variance: float, 
     Args:
         first_moment: bias-corrected m of y / L.
         second_moment: bias-corrected v of y / L, same shape.
-        noise_variance: phi = (s_g / L)^2; if s_g changes, its moving average with beta_2, bias-corrected as v
-            is.
+        noise_variance: phi = (s_g / L)^2; if s_g changes, its moving average with beta_2, bias-corrected as v is.
         floor: smallest second moment; sets the largest step.
     """
     return first_moment / (second_moment - noise_variance).clamp(min=floor).sqrt()

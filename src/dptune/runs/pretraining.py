@@ -43,49 +43,34 @@ class Recipe:
 
     name: str = "tiny"
     """What the backbone is called."""
-
     vocabulary: int = 2048
     """Size of the byte-level BPE vocabulary, special tokens included."""
-
     layers: int = 3
     """Number of decoder layers."""
-
     width: int = 128
     """Size of the hidden states."""
-
     feed_forward: int = 384
     """Size of the feed-forward layers."""
-
     heads: int = 4
     """Number of attention heads."""
-
     records: int = 32_000
     """Number of public records."""
-
     steps: int = 2_200
     """Number of optimizer steps."""
-
     batch_size: int = 32
     """Records in a step."""
-
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW, reached after `warmup` steps and followed by linear decay to zero."""
-
     warmup: int = 100
     """Number of warm-up steps."""
-
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
-
     prompt_weight: float = 0.2
     """Weight of the loss on prompt tokens; without it, what the words mean is learned much later."""
-
     initializer_range: float = 0.08
     """Standard deviation of the initial weights; with the usual 0.02, copying is learned much later."""
-
     seed: int = 0
     """Seed of data, initial weights and batches."""
-
     threads: int = 1
     """Threads to train with: fixed, because the order of floating-point sums depends on it."""
 

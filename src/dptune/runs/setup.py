@@ -20,6 +20,7 @@ from dptune.data.templates import prompt_of, token_counter
 from dptune.evaluation import SHORTEST
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
+from dptune.models.layers import model_type_of
 from dptune.privacy.batch_shape import fixed_shape_engine
 from dptune.privacy.engines import checked_engine
 from dptune.privacy.gradients import Engine, EngineError
@@ -61,7 +62,7 @@ def set_up(config: Config, identity: str) -> Setup:
     start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
     engine = config.environment.engine
     if engine == "auto":
-        architecture = adapters.model_type_of(backbone.model)
+        architecture = model_type_of(backbone.model)
         engine = adapters.engine_of(config.adapter.name, architecture, embeddings=config.adapter.embeddings)
     hyper = config.hyperparameter
     model = adapters.attach(backbone.model, config.adapter, rank=hyper.rank, steps=hyper.steps, seed=start)

@@ -31,7 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dptune.config.checks import strict, with_values
+from dptune.config.checks import strict, unknown_choice, with_values
 from dptune.config.schema import Config, ConfigError
 from dptune.identity import run_id
 from dptune.sweeps.jobs import ROOT, Job, remembered
@@ -134,7 +134,7 @@ def included(name: str) -> list[dict[str, Any]]:
 def _file(name: str) -> dict[str, Any]:
     """A file of `sweeps/` as it is written."""
     if name not in names():
-        raise ConfigError(f"sweeps={name} does not exist; sweeps can be: {', '.join(names())}")
+        raise ConfigError(unknown_choice(f"sweeps={name}", name, "sweeps", names()))
     content = OmegaConf.to_container(OmegaConf.load(ROOT / "sweeps" / f"{name}.yaml"))
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}

@@ -41,14 +41,9 @@ class Job:
 
 
 def remembered(cache: Path, asked: Sequence[str], expand: Callable[[], list[Job]]) -> list[Job]:
-    """The jobs that `expand` gives, or gave for the same question by the same files and code.
+    """The jobs that `expand` gives, or gave when the same was asked for with the same files and code.
 
     Names that follow the content of a file of the user's are not remembered.
-
-    Args:
-        cache: folder of the memory.
-        asked: sweep and overrides.
-        expand: composes the jobs.
     """
     path = cache / f"{_state_of(asked)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # None yet, or a damaged one.

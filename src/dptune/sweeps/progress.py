@@ -15,11 +15,7 @@ from dptune.records.record import RunFailed
 
 
 class Display:
-    """Lines, and below them one bar where a person looks on: both streams are a terminal. Else nothing but lines.
-
-    Args:
-        total: of the bar.
-    """
+    """Lines, and below them one bar where a person looks on: both streams are a terminal. Else nothing but lines."""
 
     def __init__(self, total: int = 0) -> None:
         self.total = total
@@ -71,11 +67,7 @@ class Display:
 
 
 class StepBar:
-    """The bar of a single run: its steps and the time left for them.
-
-    Args:
-        display: where it is drawn.
-    """
+    """The bar of a single run: its steps and the time left for them."""
 
     def __init__(self, display: Display) -> None:
         self.display = display

@@ -1,4 +1,4 @@
-"""The table of `sweeps/README.md`, from the headers of the sweep files; `python -m dptune.sweeps.readme` writes it.
+"""The table of `sweeps/README.md`, from the headers of the sweep files; `make sweeps-readme` writes it.
 
 A header is the comment at the top of a sweep file, below `# @package _global_`, with three fields in this order:
 
@@ -19,7 +19,7 @@ from dptune.records.files import write_atomically
 from dptune.sweeps import jobs
 from dptune.sweeps.expand import names
 
-BEGIN = "<!-- From the headers of the sweep files, by `python -m dptune.sweeps.readme`; do not edit by hand. -->"
+BEGIN = "<!-- From the headers of the sweep files, by `make sweeps-readme`; do not edit by hand. -->"
 END = "<!-- End of what is made from the headers. -->"
 
 

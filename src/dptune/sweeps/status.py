@@ -33,13 +33,7 @@ class Status:
 
 
 def of_sweep(name: str, jobs: Sequence[Job], arguments: Sequence[str]) -> str:
-    """The state of each run of a sweep.
-
-    Args:
-        name: of the sweep.
-        jobs: its runs.
-        arguments: overrides that it was asked for with.
-    """
+    """The state of each run of a sweep that was asked for with some overrides."""
     found = []
     for job in jobs:
         setting = ", ".join(item.split(".", 1)[-1] for item in job.varied)
@@ -93,7 +87,8 @@ def status_of(seen: RunState | RecordError, setting: str = "") -> Status:
 def counts(found: Sequence[Status]) -> str:
     """How many runs are in which state."""
     numbers = [(sum(item.state == state for item in found), state) for state in State]
-    return f"{len(found)} runs: " + ", ".join(f"{number} {state}" for number, state in numbers if number)
+    runs = "1 run" if len(found) == 1 else f"{len(found)} runs"
+    return f"{runs}: " + ", ".join(f"{number} {state}" for number, state in numbers if number)
 
 
 def rows(found: Iterable[Status]) -> Iterator[str]:

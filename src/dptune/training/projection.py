@@ -47,14 +47,14 @@ class FullSpace:
         return released
 
     def after_step(self, step: int, gradients: Gradients) -> None:
-        """Take note of the gradients that a step has released; a moving subspace is drawn from them."""
+        """Called with the released gradients of a step, from which a moving subspace may be drawn."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold: it is public, or a function of what was released."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore what `state_dict` gave."""
 
 
 class FixedSubspace(FullSpace):
@@ -79,7 +79,7 @@ class FixedSubspace(FullSpace):
         return {"pairs": {name: list(pair) for name, pair in self.subspace.pairs.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the subspace of the state."""
+        """Restore the subspace."""
         self.subspace = stored_subspace(self.subspace.groups, state)
 
 
@@ -94,7 +94,7 @@ class MovingSubspace(FixedSubspace):
     """A subspace that is drawn anew every `refresh` steps, from public coins or from what was released so far."""
 
     def __init__(self, draw: Callable[[int], Subspace | Carriers], refresh: int) -> None:
-        """Take a function that gives the subspace to be used from a step on."""
+        """Start with `draw(0)`; `draw(step)` gives the subspace that is used from that step on."""
         super().__init__(draw(0))
         self.draw, self.refresh = draw, refresh
 
@@ -132,7 +132,7 @@ class HistorySubspace(MovingSubspace):
         return {**super().state_dict(), "history": {name: torch.stack(past) for name, past in self._history.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore what `state_dict` gave."""
         super().load_state_dict(state)
         # In place: `draw` holds on to this dictionary.
         self._history.update({name: list(past) for name, past in state["history"].items()})
@@ -168,13 +168,13 @@ class ReparametrizedGradients(MovingSubspace):
         return {**super().state_dict(), "update": dict(self._update)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore what `state_dict` gave."""
         super().load_state_dict(state)
         self._update.update(state["update"])
 
 
 def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of as many columns as `second`, `first` before all others."""
+    """An orthonormal basis with as many columns as `second`: the span of `first`, filled up from `second`."""
     columns = torch.cat([first, second], dim=1)[:, : second.shape[1]]
     basis: torch.Tensor = torch.linalg.qr(columns).Q
     return basis
