@@ -245,7 +245,7 @@ def test_what_a_guarantee_does_not_cover_is_said(tmp_path: Path) -> None:
     assert "knows the seed" in of["reproducible"] and "knows the seed" not in of["resumed"]
     assert "stated as if it were private" in of["stand_in"] and "stand-in" not in of["resumed"]
     assert "stay secret" in of["searched"] and "choice of this run" in of["resumed"]
-    assert "in examples of those users" in of["of_users"]
+    assert "in the examples of those" in of["of_users"] and "in the examples of those" not in of["resumed"]
 
 
 def test_a_damaged_ledger_leaves_no_epsilon_to_state(tmp_path: Path) -> None:

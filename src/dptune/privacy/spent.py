@@ -266,12 +266,12 @@ def _not_covered(plan: PrivacyPlan, circumstances: Circumstances, search: bool) 
         yield "the validation records, where anything was decided or measured on them"
     if plan.unit != "example":
         yield "what records under other users' names say or quote of a user"
-        if circumstances.conversations:
-            yield "a user's messages that are the prompt of replies by other users: they are in examples of those users"
     elif circumstances.copies == 1:
         yield "a person with several records, or a record that is in the data several times: their epsilon is larger"
     else:
         yield "a record that the data itself holds several times, or a person with several: their epsilon is larger"
+    if circumstances.conversations:
+        yield "messages that are the prompt of replies by other people: they are in the examples of those, as often"
     if circumstances.telemetry_is_shown:
         yield "telemetry that nothing was paid for (losses, norms), which tracking.allow_private=true sent to a mirror"
     yield "how long steps took, when the run stopped and why, and what the backbone had learned before"
