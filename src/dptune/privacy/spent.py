@@ -85,7 +85,7 @@ def guarantee_of(
         known = (epsilon, accountants or {}) if simple and repetitions is None and epsilon is not None else None
         made = _of_run(planned, transcripts, circumstances, known)
         return made if repetitions is None else _of_search(made, planned, circumstances, repetitions)
-    except (LedgerError, ValueError, TypeError) as error:
+    except (LedgerError, OSError, ValueError, TypeError) as error:
         return Guarantee(
             "unknown",
             private=True,
