@@ -11,14 +11,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dptune.config.files import data_files
-from dptune.config.schema import CHECKSUMS, EMBEDDED, SHIPPED, Config, is_public
+from dptune.config.schema import CHECKSUMS, EMBEDDED, SHIPPED, Config, ConfigError, has_plain_hashes
 from dptune.records.files import write_once
 
 NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
 """Parts of the config that do not name a run: they cannot change its numbers."""
 
 KEY_FILE = ".fingerprint-key"
-"""Name of the file that holds the key of hashes of private data, in the output folder."""
+"""Name of the file that holds the key of hashes of private data and of checkpoints, in the output folder."""
+KEY_BYTES = 32
+PERMISSIONS = {"privacy": ("allow_known_noise",), "data": ("plain_hashes", "diagnostics")}
+"""Fields that name a run only when they permit something: runs from before them keep their names."""
 
 
 def run_id(config: Config) -> str:
@@ -30,6 +33,10 @@ def run_id(config: Config) -> str:
     identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
     if config.privacy.score_noise_multiplier is None:
         del identity["privacy"]["score_noise_multiplier"]  # Runs from before it keep their names.
+    for group, names in PERMISSIONS.items():
+        for name in names:
+            if not identity[group][name]:
+                del identity[group][name]
     if config.model.path is not None:
         # The path is what is loaded; where the Hub has the same is not part of it.
         identity["model"] |= {"path": content_hash(Path(config.model.path)), "repo": None, "revision": None}
@@ -37,7 +44,7 @@ def run_id(config: Config) -> str:
         identity["model"]["path"] = content_hash(SHIPPED / config.model.name / CHECKSUMS)
     if config.data.path is not None:
         contents = [content_hash(file) for file in data_files(config.data.path)]
-        key = b"" if is_public(config.data) else local_key(Path(config.compute.output_root))
+        key = b"" if has_plain_hashes(config.data) else local_key(Path(config.compute.output_root))
         identity["data"]["path"] = keyed_hash(key, contents)
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -47,12 +54,27 @@ def local_key(output_root: Path) -> bytes:
     """32 secret bytes that stay beside the runs, kept from the first run on; until then those of this process.
 
     A plain hash of private records is an exact function of them: whoever knows all records but one could test guesses
-    of that one. What is published therefore carries hashes under this key.
+    of that one. What is published therefore carries hashes under this key. Checkpoints are signed with it.
+
+    Raises:
+        ConfigError: when the file holds something else.
     """
+    path = output_root / KEY_FILE
     try:
-        return (output_root / KEY_FILE).read_bytes()
+        key = path.read_bytes()
     except FileNotFoundError:
         return _new_key(output_root.absolute())
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"{path} must have {KEY_BYTES} bytes: restore it, or use another compute.output_root")
+    return key
+
+
+def kept_key(output_root: Path) -> bytes:
+    """The same, written to its file if it is not there yet."""
+    path = output_root / KEY_FILE
+    if not path.exists():
+        write_once(path, _new_key(output_root.absolute()))
+    return local_key(output_root)
 
 
 def keep_local_key(config: Config) -> bool:
@@ -62,15 +84,12 @@ def keep_local_key(config: Config) -> bool:
         Whether another process was faster, so that names that this one has given already no longer hold.
     """
     output_root = Path(config.compute.output_root)
-    path = output_root / KEY_FILE
-    if is_public(config.data) or path.exists():
-        return False
-    return not write_once(path, _new_key(output_root.absolute()))
+    return not has_plain_hashes(config.data) and local_key(output_root) != kept_key(output_root)
 
 
 @functools.cache
 def _new_key(output_root: Path) -> bytes:
-    return secrets.token_bytes(32)
+    return secrets.token_bytes(KEY_BYTES)
 
 
 def keyed_hash(key: bytes, parts: Iterable[str]) -> str:

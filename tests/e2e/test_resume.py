@@ -16,8 +16,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from processes import Started, dptune
 
+from dptune import identity
 from dptune.config.checks import strict
-from dptune.config.schema import Config
+from dptune.config.schema import Config, ConfigError
 from dptune.identity import run_id
 from dptune.privacy.accounting import epsilon
 from dptune.privacy.events import Event
@@ -62,6 +63,11 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """Lines without the time they took."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "NON_PRIVATE/seconds"} for line in lines]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """Steps that were begun."""
+    return [row for row in rows(folder / "ledger.jsonl") if "step" in row]
 
 
 def assert_the_same_run(one: Path, two: Path) -> None:
@@ -170,7 +176,7 @@ def test_nothing_of_a_step_is_seen_before_its_checkpoint(config: Config, monkeyp
 
     class Tracker(tracking.NoTracker):
         def step(self, row: Any) -> None:
-            stored = json.loads((folder / "checkpoint" / "checkpoint.json").read_text())
+            stored = json.loads((folder / "checkpoint" / "checkpoint.json").read_text().splitlines()[0])
             assert row["step"] <= stored["step"] and row in stored["history"]
             seen.append(row["step"])
 
@@ -193,7 +199,7 @@ def test_a_secure_run_goes_on_with_fresh_keys_at_the_same_epsilon(
     folder = folder_of(secure(config))
     interrupted(config, monkeypatch, after=4)
     master = b"".join(path.read_bytes() for path in (folder / "checkpoint").iterdir())
-    begun = rows(folder / "ledger.jsonl")
+    begun = steps(folder)
     assert [row["step"] for row in begun] == [0, 1, 2, 3] and b"master" not in master
     # The record was written before the first step; what is read of it counts those that were begun since.
     assert json.loads((folder / "record.json").read_text())["guarantee"]["epsilon"] == 0
@@ -201,7 +207,7 @@ def test_a_secure_run_goes_on_with_fresh_keys_at_the_same_epsilon(
     assert left is not None and left.guarantee is not None
     assert left.guarantee.released == "unfinished" and left.guarantee.epsilon == spent(begun[0], 4)
     record = run.run(config)
-    ledger = rows(folder / "ledger.jsonl")
+    ledger = steps(folder)
     assert [row["step"] for row in ledger] == [0, 1, 2, 3, 2, 3, 4, 5]
     # No noise and no batch is drawn twice, and the steps of the checkpoint are not drawn again.
     for name in ("noise_key", "sampling_key"):
@@ -224,7 +230,7 @@ def test_a_secure_run_that_failed_by_itself_begins_another_attempt(
         with monkeypatch.context() as patch:
             interrupt(patch, 4, error)
             failed = run.run(config)
-        ledger = rows(folder_of(config) / "ledger.jsonl")
+        ledger = steps(folder_of(config))
         assert failed.status == "failed" and failed.guarantee is not None
         assert failed.guarantee.epsilon == spent(ledger[0], 4 * attempts)
         assert records.read(folder_of(config)) == failed
@@ -269,6 +275,73 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
         assert torch.equal(value, weights(two)[name])
 
 
+def set_back(folder: Path, step: int = 0) -> None:
+    """Six more steps on the same keys: what a checkpoint that is not signed allows."""
+    path = folder / "checkpoint" / "checkpoint.json"
+    text, *signature = path.read_text().splitlines()
+    content = {**json.loads(text), "step": step, "history": []}
+    path.write_text("\n".join([json.dumps(content), *signature]) + "\n")
+
+
+@pytest.mark.parametrize("mode", ["secure", "reproducible"])
+def test_a_checkpoint_that_was_set_back_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    config.privacy.noise_mode = mode
+    interrupted(config, monkeypatch, after=5)
+    folder = folder_of(config)
+    before, right = (folder / "ledger.jsonl").read_bytes(), (folder / "checkpoint" / "checkpoint.json").read_bytes()
+    set_back(folder)
+    with pytest.raises(ConfigError, match="checkpoint.json was changed") as caught:
+        run.run(config)
+    assert "\n" not in str(caught.value) and "another attempt" in str(caught.value)
+    assert (folder / "ledger.jsonl").read_bytes() == before
+    found = records.read(folder)
+    assert found is not None and found.status == "running"
+    (folder / "checkpoint" / "checkpoint.json").write_bytes(right)
+    record = run.run(config)
+    assert record.status == "done" and record.privacy is not None and record.privacy.attempts == 1
+
+
+def test_whoever_has_the_key_does_not_get_the_same_noise_for_other_weights(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second wall: the ledger knows at which weights a step was taken."""
+    interrupted(config, monkeypatch, after=5)
+    folder, key = folder_of(config), identity.local_key(Path(config.compute.output_root))
+    set_back(folder, step=1)
+    path = folder / "checkpoint" / "checkpoint.json"
+    text = path.read_text().splitlines()[0]
+    path.write_text(f"{text}\n{checkpoint._signature(text, key)}\n")
+    before = steps(folder)
+    record = run.run(config)
+    assert record.status == "failed" and record.error is not None
+    assert "the noise of step 1 was used before with another state" in record.error
+    assert steps(folder) == before
+
+
+def test_an_older_checkpoint_of_a_secure_run_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(secure(config))
+    interrupted(config, monkeypatch, after=3)
+    old = {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()}
+    interrupted(config, monkeypatch, after=5)
+    for path in (folder / "checkpoint").iterdir():
+        path.unlink()
+    for name, content in old.items():
+        (folder / "checkpoint" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="is of step 2, but step 4 was reached"):
+        run.run(config)
+    checkpoint.remove(folder / "checkpoint")
+    record = run.run(config)
+    assert record.status == "done" and record.privacy is not None and record.privacy.attempts == 2
+
+
+def test_a_run_whose_ledger_was_removed_does_not_go_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(secure(config))
+    interrupted(config, monkeypatch, after=3)
+    (folder / "ledger.jsonl").unlink()
+    with pytest.raises(ConfigError, match="ledger.jsonl lacks rows that were there"):
+        run.run(config)
+
+
 def test_a_forced_run_keeps_the_finished_record_until_it_is_done(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,10 +368,10 @@ def test_a_full_disk_fails_one_run_and_its_checkpoint_stays(
     with monkeypatch.context() as patch:
         save = checkpoint.save
 
-        def full(folder: Path, made: Any, stamp: Any) -> None:
+        def full(folder: Path, made: Any, stamp: Any, key: bytes) -> None:
             if made.step == 4:
                 raise OSError(28, "No space left on device")
-            save(folder, made, stamp)
+            save(folder, made, stamp, key)
 
         patch.setattr(checkpoint, "save", full)
         record = run.run(config)

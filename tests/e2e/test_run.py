@@ -25,6 +25,7 @@ from dptune.data.sources import Dataset, load_dataset
 from dptune.evaluation import evaluate, metrics_of
 from dptune.identity import run_id
 from dptune.models import adapters, backbones
+from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.plan import PrivacyPlan
 from dptune.records import record as records
 from dptune.runs import privacy as guarantee
@@ -271,6 +272,46 @@ def test_wandb_mirrors_config_history_and_summary_offline(config: Config) -> Non
     assert summary["parameters/trainable"] == record.parameters.trainable
 
 
+def test_offline_files_of_private_data_tell_no_time_and_no_test_metric(config: Config, tmp_path: Path) -> None:
+    """Every record of the real file is read, and every text beside it."""
+    path = tmp_path / "mine.jsonl"
+    splits = ["train"] * 50 + ["test"] * 10
+    rows = [{"instruction": "say", "input": f"message {n}", "output": "yes", "split": s} for n, s in enumerate(splits)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.name, config.data.path, config.data.train_size = "jsonl", str(path), None
+    config.tracking.name, config.compute.checkpoint_every = "wandb_offline", 1
+
+    begin = WriteAheadLedger.begin
+
+    def slow(ledger: WriteAheadLedger, step: int, state: str = "") -> None:
+        time.sleep(0.3 * step)
+        begin(ledger, step, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WriteAheadLedger, "begin", slow)
+        record = run.run(config)
+    assert record.status == "done", record.error
+    (found,) = (Path(config.compute.output_root) / record.run_id).glob("wandb/offline-run-*/run-*.wandb")
+    items = finished_records(found)
+    history = [
+        {(e.key or "/".join(e.nested_key)): json.loads(e.value_json) for e in item.history.item}
+        for item in items
+        if item.HasField("history")
+    ]
+    assert [row["step"] for row in history] == [1, 2, 3]
+    assert len({row["_timestamp"] for row in history}) == 1
+    assert {round(row.get("_runtime", 0)) for row in history} == {0}
+    keys = {key for row in history for key in row}
+    for item in (item.summary for item in items if item.HasField("summary")):
+        keys |= {entry.key or "/".join(entry.nested_key) for entry in item.update}
+    assert not [key for key in keys if key.startswith(("NON_PRIVATE", "cost/", "metrics/", "tasks/", "zero_shot/"))]
+    assert "privacy/epsilon" in keys and "evaluation/by_task" not in keys
+    (runtime,) = (item.exit.runtime for item in items if item.HasField("exit"))
+    (header, *_) = (item.run for item in items if item.HasField("run"))
+    assert record.provenance["started"] not in str(header) and record.provenance["started"][:10] in str(header)
+    assert runtime <= 2
+
+
 def test_a_tracker_that_cannot_start_does_not_stop_the_run(config: Config, monkeypatch, capsys) -> None:
     import wandb
 
@@ -315,7 +356,7 @@ def test_every_way_of_sharing_clip_and_noise_keeps_the_target(config: Config, se
         # Everything released in a step together, thresholds included, has the planned multiplier.
         assert row["noise_multiplier"] == pytest.approx(sigma, rel=1e-6)
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    assert [row["noise_multiplier"] for row in ledger] == planned.tolist() and privacy.attempts == 1
+    assert [row["noise_multiplier"] for row in ledger if "step" in row] == planned.tolist() and privacy.attempts == 1
 
 
 def test_a_record_of_private_data_tells_nothing_about_single_records(config: Config, tmp_path: Path) -> None:
@@ -330,6 +371,11 @@ def test_a_record_of_private_data_tells_nothing_about_single_records(config: Con
     folder = Path(config.compute.output_root) / record.run_id
     assert record.status == "done" and record.privacy is not None and record.metrics is not None
     assert record.privacy.noise_mode == "secure" and not record.privacy.stand_in
+    assert record.privacy.not_covered == ["the 10 records of the test split: metrics are exact functions of them"]
+    assert record.cost is None and '"cost": null' in (folder / "record.json").read_text()
+    cost = json.loads((folder / "NON_PRIVATE_cost.json").read_text())
+    assert cost["seconds"] > cost["training_seconds"] > 0 and cost["peak_memory_mb"] > 0
+    assert "test split: no guarantee for its 10 records" in (folder / "run.log").read_text()
     assert record.metrics.n_unseen is None and record.zero_shot is not None and record.zero_shot.n_unseen is None
     judged = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     assert {row["unseen"] for row in judged} == {None}

@@ -71,7 +71,9 @@ def test_history_and_results_are_mirrored_below_the_output_folder_and_nowhere_el
     assert "NON_PRIVATE/seconds" in found[0]
 
 
-def test_the_time_of_private_data_is_not_mirrored(model_folder: Path, tmp_path: Path) -> None:
+def test_times_and_test_metrics_of_private_data_are_mirrored_only_where_allowed(
+    model_folder: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "mine.jsonl"
     splits = ["train"] * 50 + ["test"] * 10
     lines = [{"instruction": "say", "input": f"message {i}", "output": "yes", "split": s} for i, s in enumerate(splits)]
@@ -80,5 +82,10 @@ def test_the_time_of_private_data_is_not_mirrored(model_folder: Path, tmp_path: 
     done = dptune(tmp_path, *data, "hyperparameter.expected_batch_size=10")
     assert done.returncode == 0, done.stderr
     ((_, found),) = rows(tmp_path).items()
-    assert "metrics/accuracy" in found[-1]
-    assert not [key for key in found[-1] if key.startswith("cost/")]
+    assert "privacy/epsilon" in found[-1] and [row["step"] for row in found] == [1, 2, 2]
+    assert not [key for key in found[-1] if key.startswith(("cost/", "metrics/", "tasks/", "evaluation/"))]
+    allowed = ["tracking.allow_times=true", "tracking.allow_test_metrics=true", "compute.force=true"]
+    done = dptune(tmp_path, *data, "hyperparameter.expected_batch_size=10", *allowed)
+    assert done.returncode == 0, done.stderr
+    ((_, found),) = rows(tmp_path).items()
+    assert "metrics/accuracy" in found[-1] and found[-1]["cost/seconds"]

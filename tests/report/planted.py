@@ -68,7 +68,7 @@ def plant(
         privacy=Privacy(True, **{**stated, **privacy}) if made.privacy.enabled else Privacy(False, stand_in=True),
         parameters=Parameters(1000, 25),
         cost=Cost(3.0, 2.0, 100.0, 300.0, "cpu"),
-        provenance={"data": "d0", "backbone": "b0", "git": "0" * 40, "started": "2026-01-01"},
+        provenance={"data": "d0", "backbone": "b0", "git": "0" * 40, "started": "2026-01-01T10:20:30"},
     )
     folder = root / record.run_id
     record.guarantee = guarantee_of(record, folder)

@@ -110,6 +110,29 @@ def test_losses_of_private_data_stay_out_of_the_page(tmp_path: Path) -> None:
     assert "withheld" in text
 
 
+def test_views_of_private_data_do_without_costs_and_name_the_records_without_a_guarantee(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "outputs"
+    for name, seed in (("uniform", 0), ("uniform", 1), ("adaptive", 0), ("none", 0)):
+        record = plant(root, config(name, seed), 0.5, 0.5, stand_in=False, noise_mode="secure")
+        assert record.privacy is not None
+        record.cost, record.privacy.stand_in = None, False
+        record.write(root / record.run_id)
+    main(["report", f"compute.output_root={root}", f"to={tmp_path}"])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "There is no guarantee for the 60 records of the test split" in text and "left out: 0" not in text
+    main(["tables", f"compute.output_root={root}", f"to={tmp_path / 'tables'}"])
+    main(["figures", f"compute.output_root={root}", f"to={tmp_path / 'figures'}"])
+    note = "Test split of private data: no guarantee for its 60 records, whose metrics are exact."
+    files = [path.read_text(encoding="utf-8") for path in (tmp_path / "tables").rglob("*") if path.is_file()]
+    assert any(note in file for file in files) and note in text
+    plant(tmp_path / "public", config("uniform", 2), 0.5, 0.5)
+    main(["tables", f"compute.output_root={tmp_path / 'public'}", f"to={tmp_path / 'other'}"])
+    capsys.readouterr()
+    assert not any("no guarantee" in path.read_text() for path in (tmp_path / "other").rglob("*") if path.is_file())
+
+
 PROBE = """
 <script>
 window.problems = [];

@@ -1,5 +1,6 @@
 """Records are uploaded once, as what tracking would have shown of them, and nothing else leaves."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from report.planted import config, plant
 
 from dptune.cli import main
-from dptune.config.schema import TrackingConfig
+from dptune.config.schema import Config, TrackingConfig
 from dptune.records import mirror as tracking
 from dptune.records.record import Privacy, RunRecord
 from dptune.report.results import history
@@ -207,20 +208,98 @@ def test_another_destination_gets_the_runs_too(wandb: FakeWandb, records: list[R
     ],
 )
 def test_an_adapter_leaves_only_with_a_guarantee_or_from_public_data(privacy: dict[str, Any], allowed: bool) -> None:
-    record = RunRecord("a", "done", {}, privacy=Privacy(**privacy))
+    record = RunRecord("a", "done", dataclasses.asdict(Config()), privacy=Privacy(**privacy))
     assert tracking.releasable(record) is allowed
 
 
-def test_private_data_keeps_times_telemetry_and_adapter_unless_allowed(wandb: FakeWandb, tmp_path: Path) -> None:
-    record = plant(tmp_path, config("uniform", 0), 0.5, 0.5, stand_in=False)
-    (tmp_path / record.run_id / "adapter").mkdir()
-    for argument in ("tracking.allow_private=false", "tracking.allow_private=true"):
-        sync(tmp_path, argument)
-    kept, told = (run for run in wandb.runs if run.given["id"] == record.run_id)
-    assert not any(key.startswith("cost/") for key in kept.summary) and not kept.artifacts
-    assert not any("NON_PRIVATE" in key for row in kept.rows.values() for key in row)
-    assert told.summary["cost/seconds"] == 3.0 and told.artifacts
-    assert any("NON_PRIVATE" in key for row in told.rows.values() for key in row)
+@pytest.mark.parametrize(
+    ("data", "protected"),
+    [
+        ({}, False),
+        ({"public": False}, True),
+        ({"name": "mine", "path": "x.jsonl"}, True),
+        ({"name": "mine", "path": "x.jsonl", "public": True}, True),
+        ({"name": "mine", "hub_id": "somebody/records", "public": True}, False),
+        ({"name": "mine", "hub_id": "somebody/records"}, True),
+        ({"name": "dolly", "hub_id": "somebody/records", "path": "mine.jsonl", "public": True}, True),
+    ],
+)
+def test_data_is_protected_before_its_privacy_is_known_and_after(data: dict[str, Any], protected: bool) -> None:
+    content = dataclasses.asdict(Config())
+    record = RunRecord("a", "running", {**content, "data": {**content["data"], **data}})
+    assert tracking.is_protected(record) is protected
+    record.privacy = Privacy(True, stand_in=True)
+    assert tracking.is_protected(record) is protected
+    record.privacy = Privacy(True, stand_in=False)
+    assert tracking.is_protected(record)
+    assert tracking.is_protected(RunRecord("a", "done", {}, privacy=Privacy(True, stand_in=True)))
+
+
+def private_record(root: Path) -> RunRecord:
+    """As a run on private data leaves it."""
+    record = plant(root, config("uniform", 0), 0.5, 0.75, stand_in=False, not_covered=["the 60 test records"])
+    record.cost = None
+    record.write(root / record.run_id)
+    cost = {"seconds": 3.25, "examples_per_second": 17.0, "peak_memory_mb": 301.0}
+    (root / record.run_id / "NON_PRIVATE_cost.json").write_text(json.dumps(cost))
+    adapter = root / record.run_id / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    lines = (root / record.run_id / "history.jsonl").read_text().splitlines()
+    rows = [{**json.loads(line), "NON_PRIVATE/seconds": 0.5} for line in lines]
+    (root / record.run_id / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return record
+
+
+LEAVES = {
+    "allow_private": "NON_PRIVATE/loss",
+    "allow_times": "cost/seconds",
+    "allow_test_metrics": "metrics/accuracy",
+    "allow_adapters": "adapter",
+}
+
+
+@pytest.mark.parametrize("given", [None, *LEAVES])
+def test_of_private_data_each_thing_leaves_by_its_own_key_alone(
+    wandb: FakeWandb, tmp_path: Path, given: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = private_record(tmp_path)
+    assert sync(tmp_path, *([f"tracking.{given}=true"] if given else [])) == 0
+    (run,) = (run for run in wandb.runs if run.given["id"] == record.run_id)
+    shown = {*run.summary, *(key for row in run.rows.values() for key in row), *(item.type for item in run.artifacts)}
+    assert {key for key in LEAVES.values() if key in shown} == ({LEAVES[given]} if given else set())
+    metrics = {key for key in shown if key.startswith(("metrics/", "zero_shot/", "tasks/", "evaluation/"))}
+    assert bool(metrics) is (given == "allow_test_metrics")
+    assert ("cost/peak_memory_mb" in shown) is (given == "allow_times") and "NON_PRIVATE/seconds" not in shown
+    assert (run.given["config"]["provenance"]["started"] == "2026-01-01T10:20:30") is (given == "allow_times")
+    assert run.summary["privacy/epsilon"] == 8 and run.summary["privacy/not_covered"] == "the 60 test records"
+    tables = [run for run in wandb.runs if run.given["job_type"] == "report"]
+    assert bool(tables) is (given == "allow_test_metrics")
+    assert ("the table of planted stays here" in capsys.readouterr().err) is (given != "allow_test_metrics")
+
+
+def test_a_hash_of_exact_metrics_stays_with_them(wandb: FakeWandb, tmp_path: Path) -> None:
+    private_record(tmp_path)
+    sync(tmp_path, "tracking.allow_adapters=true")
+    sync(tmp_path, "tracking.allow_adapters=true", "tracking.allow_test_metrics=true")
+    metadata = [artifact.metadata for run in wandb.runs for artifact in run.artifacts]
+    assert ["record" in item for item in metadata] == [False, True]
+    assert all(item["not_covered"] == ["the 60 test records"] for item in metadata)
+
+
+def test_of_private_data_a_mirror_gets_nothing_before_the_end(wandb: FakeWandb, tmp_path: Path) -> None:
+    record = private_record(tmp_path)
+    folder = tmp_path / record.run_id
+    for allowed in (False, True):
+        live = tracking.WandbTracker(TrackingConfig("wandb_offline", allow_times=allowed), record, folder)
+        for at, row in enumerate(history(folder)):
+            live.step(row)
+            assert len(wandb.runs) == (1 if allowed else 0) and (not allowed or len(wandb.runs[-1].rows) == at + 1)
+        live.finish(record)
+        assert sorted(wandb.runs[-1].rows) == [1, 2, 3, 4]
+        times = {row.get("_timestamp") for row in wandb.runs[-1].rows.values()}
+        assert len(times) == 1 and (times == {None}) is allowed
+        wandb.runs.clear()
 
 
 def test_without_an_account_one_line_says_so(

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -120,6 +121,52 @@ def test_noise_of_private_data_is_secure_unless_told_otherwise(tmp_path: Path) -
     assert noise_mode(strict(tree())) == "reproducible"
     assert noise_mode(strict(tree("data.name=jsonl", f"data.path={file}"))) == "secure"
     assert noise_mode(strict(tree("privacy.noise_mode=secure"))) == "secure"
+
+
+def test_noise_that_can_be_computed_again_is_refused_on_private_data_unless_somebody_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("{}")
+    private = ["data.name=jsonl", f"data.path={file}", "privacy.noise_mode=reproducible"]
+    with pytest.raises(ConfigError, match="privacy.allow_known_noise=true") as caught:
+        strict(tree(*private))
+    assert "\n" not in str(caught.value)
+    assert noise_mode(strict(tree(*private, "privacy.allow_known_noise=true"))) == "reproducible"
+    assert noise_mode(strict(tree(*private, "data.public=true"))) == "reproducible"
+    with pytest.raises(ConfigError, match="allow_known_noise"):
+        strict(tree("data.public=false", "privacy.noise_mode=reproducible"))
+    assert noise_mode(strict(tree("data.public=false"))) == "secure"
+
+
+@pytest.mark.parametrize("name", ["plain_hashes", "diagnostics"])
+def test_what_tells_about_single_records_needs_public_ones(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("{}")
+    private = ["data.name=jsonl", f"data.path={file}", f"data.{name}=true"]
+    with pytest.raises(ConfigError, match=f"data.{name}=true would tell about single private records"):
+        strict(tree(*private))
+    strict(tree(*private, "data.public=true"))
+
+
+@pytest.mark.parametrize("name", ["privacy.allow_known_noise", "data.plain_hashes", "data.diagnostics"])
+def test_a_permission_names_a_run_only_when_it_is_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, _, leaf = name.partition(".")
+    hashed: list[str] = []
+    monkeypatch.setattr(json, "dumps", lambda value, **_: hashed.append(repr(value)) or hashed[-1])
+    given = strict(tree())
+    before = run_id(given)
+    setattr(getattr(given, group), leaf, True)
+    assert run_id(given) != before
+    assert [f"'{leaf}': True" in text for text in hashed] == [False, True] and leaf not in hashed[0]
+
+
+def test_a_key_of_another_length_is_refused(tmp_path: Path) -> None:
+    """An empty one would make plain hashes of private records, and sign nothing."""
+    file, root = tmp_path / "data.jsonl", tmp_path / "outputs"
+    file.write_text("{}")
+    root.mkdir()
+    (root / ".fingerprint-key").write_bytes(b"")
+    with pytest.raises(ConfigError, match="fingerprint-key must have 32 bytes"):
+        run_id(strict(tree("data.name=jsonl", f"data.path={file}", f"compute.output_root={root}")))
 
 
 @pytest.mark.parametrize(

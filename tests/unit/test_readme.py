@@ -19,7 +19,14 @@ PAGES = [*ROOT.glob("*.md")]
 PAGES += [page for folder in ("analysis", "src", "sweeps") for page in (ROOT / folder).rglob("*.md")]
 PAGES = sorted(page for page in PAGES if page.name != "CHANGELOG.md")  # It names what was.
 SOURCE = ROOT / "src" / "dptune"
-MADE = {"record.json", "NON_PRIVATE_skipped.txt", "adapter/", "adapter/GUARANTEE.md", "NON_PRIVATE/"}
+MADE = {
+    "record.json",
+    "NON_PRIVATE_skipped.txt",
+    "NON_PRIVATE_cost.json",
+    "adapter/",
+    "adapter/GUARANTEE.md",
+    "NON_PRIVATE/",
+}
 """What a run makes, and a prefix of names in it."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.removeprefix("$ ").split("  #")[0] for line in README.splitlines() if line.startswith("$ ")]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptune.config.schema import Config, ConfigError, is_public, noise_mode
+from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, is_public, noise_mode
 from dptune.data import sources
 from dptune.data.readers import DataError
 from dptune.data.schema import Example
@@ -261,14 +261,32 @@ def test_a_folder_and_a_pattern_are_read_file_by_file(tmp_path: Path) -> None:
         sources.load_dataset(config(folder / "README.md"))
 
 
-def test_public_data_is_said_to_be_public(tmp_path: Path) -> None:
+def test_a_file_that_is_said_to_be_public_keeps_every_protection_that_has_a_key_of_its_own(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", rows(4))
     assert not is_public(config(path).data) and is_public(Config().data)
-    public = config(path, public=True)
-    assert sources.load_dataset(public).public and noise_mode(public) == "reproducible"
-    public.compute.output_root = str(tmp_path / "elsewhere")
-    assert run_id(public) == run_id(config(path, public=True)) and not (tmp_path / "elsewhere").exists()
-    assert sources.load_dataset(public).fingerprint != sources.load_dataset(config(path)).fingerprint
+    public, elsewhere = config(path, public=True), str(tmp_path / "elsewhere")
+    assert is_public(public.data) and noise_mode(public) == "secure"
+    assert not sources.load_dataset(public).public
+    assert sources.load_dataset(public).fingerprint == sources.load_dataset(config(path)).fingerprint
+    assert noise_mode(config(path, public=True, plain_hashes=True, diagnostics=True)) == "secure"
+    assert sources.load_dataset(config(path, public=True, diagnostics=True)).public
+
+    plain = config(path, public=True, plain_hashes=True)
+    assert not sources.load_dataset(plain).public
+    assert sources.load_dataset(plain).fingerprint != sources.load_dataset(public).fingerprint
+    plain.compute.output_root = elsewhere
+    assert run_id(plain) == run_id(config(path, public=True, plain_hashes=True)) and not Path(elsewhere).exists()
+    public.compute.output_root = elsewhere
+    assert run_id(public) != run_id(config(path, public=True))
+
+
+def test_what_is_embedded_or_on_the_hub_is_public_where_everybody_can_look() -> None:
+    hub = config("x", public=True)
+    hub.data.path, hub.data.hub_id = None, "somebody/records"
+    for made in (Config(), hub):
+        assert noise_mode(made) == "reproducible" and is_open(made.data) and has_plain_hashes(made.data)
+    hub.data.public = None
+    assert noise_mode(hub) == "secure" and not is_open(hub.data) and not has_plain_hashes(hub.data)
 
 
 examples = st.lists(st.integers(0, 50), max_size=80).map(
@@ -437,7 +455,7 @@ def test_a_preset_of_the_hub_reads_what_was_saved_to_disk(name: str, tmp_path: P
     if wanted.data.splits == ["train:hash"]:
         wanted.data.splits = None
     data = sources.load_dataset(wanted)
-    assert data.train == [expected] * 2 and len(data.test) == 2 and data.public
+    assert data.train == [expected] * 2 and len(data.test) == 2 and is_public(wanted.data)
 
 
 def test_a_saved_data_set_of_one_split_is_split_here(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ from dptune.config.schema import (
     DataConfig,
     EnvironmentConfig,
     ModelConfig,
+    is_public,
+    noise_mode,
 )
 
 
@@ -228,6 +230,7 @@ def _check_together(config: Config) -> None:
         )
     if privacy.score_noise_multiplier is not None:
         _check_score(config)
+    _check_permissions(config)
     check_adapter(config.adapter, config.environment)
     _check_data(data)
     _check_model(config.model)
@@ -291,6 +294,23 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"model={model.name} needs model.path=..., a folder in Hugging Face format or a .gguf file (or model.repo)"
         )
+
+
+def _check_permissions(config: Config) -> None:
+    """Raises ConfigError where private data would lose a protection that nobody gave up by its own key."""
+    privacy, data = config.privacy, config.data
+    public = is_public(data)
+    if privacy.enabled and noise_mode(config) == "reproducible" and not public and not privacy.allow_known_noise:
+        raise ConfigError(
+            "privacy.noise_mode=reproducible on private data: whoever knows the seed, which is in the record, can take "
+            "the noise off, so that nothing is guaranteed; leave noise_mode out, or say privacy.allow_known_noise=true"
+        )
+    for name in ("plain_hashes", "diagnostics"):
+        if getattr(data, name) and not public:
+            raise ConfigError(
+                f"data.{name}=true would tell about single private records; leave it out (data.public=true says that "
+                "everybody may read them)"
+            )
 
 
 def _check_score(config: Config) -> None:

@@ -143,9 +143,12 @@ class PrivacyConfig:
     score that a search chooses by (SPECIFICATION.md 8.2). Null: no score; the validation split is not looked at."""
     noise_mode: str = _one_of("auto", *get_args(NoiseMode))
     """`secure`: keys from the operating system, never stored. `reproducible`: from the seed, so that the epsilon is
-    accounted but not realised for anyone who knows the seed. `auto`: reproducible for public stand-in data,
-    else secure.
+    accounted but not realised for anyone who knows the seed. `auto`: reproducible for public stand-in data that is
+    embedded or on the Hub, else secure.
     """
+    allow_known_noise: bool = False
+    """Private data only: accept `noise_mode=reproducible`, with which there is no guarantee against anyone who knows
+    the seed, and the seed is in the record."""
 
 
 @dataclass
@@ -205,8 +208,14 @@ class DataConfig:
     """Records without a split go to train, validation and test (80, 10, 10 %) by a hash of their content, or of their
     user; so adding a record, or a user, moves no other."""
     public: bool | None = None
-    """The records are public and stand in for private ones: epsilon is stated as if they were private, and hashes and
-    diagnostics need no protection. Null: true for `supportdesk` alone."""
+    """Everybody may already read the records, which stand in for private ones: epsilon is stated as if they were
+    private. Null: true for `supportdesk` alone. Of records at `path`, which nobody else can be seen to have, this alone
+    switches off no protection: each has a key of its own (privacy/SHARP_EDGES.md 1)."""
+    plain_hashes: bool = False
+    """Public records at `path` only: names of runs and fingerprints are hashes without a key, the same everywhere."""
+    diagnostics: bool = False
+    """Public records at `path` only: record, tables and page also hold what tells about single records, as for embedded
+    data: accuracy on unseen inputs, training loss, exact times and memory."""
     organisation: str = _one_of("private", "dev")
     """Support desk only: `dev` is public and is what settings are chosen on."""
     seed: int = _number(0, least=0)
@@ -343,7 +352,14 @@ class TrackingConfig:
     entity: str | None = None
     """W&B entity (null: the account's default)."""
     allow_private: bool = False
-    """Also mirror what no guarantee covers: telemetry marked NON_PRIVATE, times, and adapters that must not leave."""
+    """Also mirror telemetry of steps that no guarantee covers: what is marked NON_PRIVATE."""
+    allow_times: bool = False
+    """Private data: mirror while training goes on, with the time of each step, and total time and memory. Otherwise the
+    mirror gets everything in one go at the end."""
+    allow_test_metrics: bool = False
+    """Private data: mirror and upload exact metrics of the test split, whose records no guarantee covers."""
+    allow_adapters: bool = False
+    """Private data: upload adapters without a guarantee, too: trained without privacy, or with known noise."""
     upload_adapters: bool = True
     """Upload the adapter of a finished run, where its data is public or its noise is secret."""
 
@@ -391,9 +407,9 @@ class Config:
 
 
 def noise_mode(config: Config) -> NoiseMode:
-    """The noise mode of a run with `auto` resolved: data that is not a public stand-in is private."""
+    """The noise mode of a run with `auto` resolved: for data that is not published, noise is secret."""
     if config.privacy.noise_mode == "auto":
-        return "reproducible" if is_public(config.data) else "secure"
+        return "reproducible" if is_published(config.data) else "secure"
     return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
 
 
@@ -404,8 +420,26 @@ def has_fixed_batches(config: Config) -> bool:
 
 
 def is_public(data: DataConfig) -> bool:
-    """Whether the records are a public stand-in for private ones."""
+    """Whether the records are said to be a public stand-in for private ones."""
     return data.name in EMBEDDED_DATA if data.public is None else data.public
+
+
+def is_published(data: DataConfig) -> bool:
+    """Whether the records are public where everybody can look: embedded here, or on the Hub.
+
+    That a file is public is somebody's word, which is one key away from a mistake: it switches nothing off by itself.
+    """
+    return is_public(data) and data.path is None
+
+
+def has_plain_hashes(data: DataConfig) -> bool:
+    """Whether hashes of the records have no key."""
+    return is_published(data) or (is_public(data) and data.plain_hashes)
+
+
+def is_open(data: DataConfig) -> bool:
+    """Whether record, tables and page may hold what tells about single records."""
+    return is_published(data) or (is_public(data) and data.diagnostics)
 
 
 def split_names(data: DataConfig) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
-from dptune.config.schema import SPLITS, Config, DataConfig, is_public
+from dptune.config.schema import SPLITS, Config, DataConfig, has_plain_hashes, is_open
 from dptune.data.conditions import apply_to_test, apply_to_training
 from dptune.data.mapping import BadRecord, ColumnMapping
 from dptune.data.readers import LAYOUTS, DataError, Fault, parts
@@ -38,7 +38,7 @@ class Dataset:
     validation: list[Example]
     test: list[Example]
     public: bool
-    """The records are a public stand-in; epsilon is stated as if they were private."""
+    """The records stand in for private ones: epsilon is stated as if they were, and nothing else needs protection."""
     key: bytes = field(default=b"", repr=False)
     """Secret key of the fingerprint of private records."""
     skipped: Skipped = field(default_factory=Skipped, repr=False)
@@ -84,8 +84,8 @@ def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None)
                 f"{data.path or data.hub_id or data.name}: the {split} split is empty; give it records, map the "
                 f"source's splits with data.splits, or change data.tasks and data.{split}_size"
             )
-    key = b"" if is_public(data) else local_key(Path(config.compute.output_root))
-    return Dataset(train, validation, test, is_public(data), key, skipped)
+    key = b"" if has_plain_hashes(data) else local_key(Path(config.compute.output_root))
+    return Dataset(train, validation, test, is_open(data), key, skipped)
 
 
 def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: Skipped) -> Iterator[Example]:

@@ -38,6 +38,8 @@ class Circumstances:
     """A record holds what other people wrote before."""
     telemetry_is_shown: bool = False
     """Numbers that nothing was paid for went to a mirror."""
+    not_covered: tuple[str, ...] = ()
+    """What the run says of itself: which records of private data have no guarantee, and against whom there is none."""
     attempts: int = 1
     """Transcripts that were begun, where the ledger is missing."""
     whole: bool = False
@@ -255,13 +257,15 @@ def _composed(
 def _not_covered(plan: PrivacyPlan, circumstances: Circumstances, search: bool) -> Iterable[str]:
     if circumstances.stand_in:
         yield "the data is a public stand-in: the guarantee is stated as if it were private"
-    if plan.noise_mode == "reproducible":
+    yield from circumstances.not_covered
+    if plan.noise_mode == "reproducible" and not circumstances.not_covered:
         yield ("whoever knows the seed can compute the noise and subtract it: the guarantee is accounted, not realised")
     if search:
         yield "how many trials there were, which, and how long they took: it holds as long as they stay secret"
     else:
         yield "the choice of this run among others on the same data, and whatever was published of those"
-    yield "the test records: metrics on them are exact, and they have no epsilon"
+    if not circumstances.not_covered:
+        yield "the test records: metrics on them are exact, and they have no epsilon"
     if circumstances.score_noise_multiplier is None:
         yield "the validation records, where anything was decided or measured on them"
     if plan.unit != "example":

@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dptune.config.schema import TrackingConfig
-from dptune.records.record import ADAPTER_FOLDER, RECORD_FILE, RunRecord
+from dptune.config.schema import DataConfig, TrackingConfig, is_published
+from dptune.records.record import ADAPTER_FOLDER, COST_FILE, RECORD_FILE, RunRecord
 
 
 class Tracker(Protocol):
@@ -42,37 +44,62 @@ NONE = NoTracker()
 
 
 class Mirror:
-    """What mirrors have in common: which part of a run they show.
+    """What mirrors have in common: which part of a run they show, and when.
+
+    A mirror notes when it gets a row, and the time of a step depends on how large its batch was. Of private data it
+    therefore gets everything in one go at the end, unless times are allowed to leave.
 
     Args:
         config: where to, and what may be shown.
+        record: the run; its privacy and results may still be missing.
         folder: of the run.
     """
 
-    run: Any
-    """The library's own object of the run."""
+    run: Any = None
+    """The library's own object of the run, once it is open."""
     first = 0
     """Of a run that goes on, the mirror holds the steps before."""
 
-    def __init__(self, config: TrackingConfig, folder: Path) -> None:
+    def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.last = 0
+        self.timeless = is_protected(record) and not config.allow_times
+        self.waiting: list[Mapping[str, Any]] = []
+        if not self.timeless:
+            self.open(record)
+
+    def open(self, record: RunRecord) -> None:
+        """Begin the run in the mirror."""
+        raise NotImplementedError
+
+    def close(self, record: RunRecord) -> None:
+        """Write the results, and end the run in the mirror."""
+        raise NotImplementedError
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Log one line of the history; telemetry that is not paid for stays here unless allowed."""
-        self._log(
-            {
-                key: value
-                for key, value in row.items()
-                if self.config.allow_private or not key.startswith("NON_PRIVATE/")
-            },
-            int(row["step"]),
-        )
+        if self.run is None:
+            self.waiting.append(row)
+            return
+        hidden = [*([] if self.config.allow_private else ["NON_PRIVATE/"]), *([STEP_SECONDS] if self.timeless else [])]
+        self._log({key: value for key, value in row.items() if not key.startswith(tuple(hidden))}, int(row["step"]))
+
+    def finish(self, record: RunRecord) -> None:
+        """Log what was kept back, and the results."""
+        if self.run is None:
+            self.open(record)
+            for row in self.waiting:
+                self.step(row)
+        self.close(record)
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         if step >= self.first:
             self.run.log(dict(values), step=step)
             self.last = step
+
+
+STEP_SECONDS = "NON_PRIVATE/seconds"
+"""Key of a step's time in the history."""
 
 
 class WandbTracker(Mirror):
@@ -86,29 +113,39 @@ class WandbTracker(Mirror):
     """
 
     def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path, *, anew: bool = False) -> None:
-        super().__init__(config, folder)
+        self.anew = anew
+        self.opened = 0.0
+        super().__init__(config, record, folder)
+
+    def open(self, record: RunRecord) -> None:
+        """Begin the run, or go on with it."""
+        self.opened = time.time()
         self.run = open_run(
-            config,
-            folder,
+            self.config,
+            self.folder,
             id=record.run_id,
             group=record.sweep,
             job_type=method_of(record),
             tags=tags(record),
-            config=shown_config(record),
-            anew=anew,
+            config=shown_config(record, timeless=self.timeless),
+            anew=self.anew,
         )
         self.first = int(self.run.step)
 
-    def finish(self, record: RunRecord) -> None:
+    def close(self, record: RunRecord) -> None:
         """Write tables, summary and adapter, and close the run."""
-        if record.metrics is not None:
+        if record.metrics is not None and shows_metrics(self.config, record):
             self._log({TASK_TABLE: wandb_table(TASK_COLUMNS, task_rows(record))}, self.last)
-        self.run.summary.update(mirrored_summary(record, self.config.allow_private))
+        self.run.summary.update(mirrored_summary(record, self.config, self.folder))
         self.run.tags = tags(record)
-        wanted = self.config.upload_adapters and (self.config.allow_private or releasable(record))
+        wanted = self.config.upload_adapters and (self.config.allow_adapters or releasable(record))
         if wanted and (self.folder / ADAPTER_FOLDER).is_dir():
-            self.run.log_artifact(adapter_artifact(record, self.folder))
+            self.run.log_artifact(adapter_artifact(record, self.folder, shows_metrics(self.config, record)))
         self.run.finish(exit_code=0 if record.is_done else 1)
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        # W&B makes _runtime of its own of the time that it is told.
+        super()._log({**values, "_timestamp": self.opened} if self.timeless else values, step)
 
 
 class TrackioTracker(Mirror):
@@ -116,34 +153,30 @@ class TrackioTracker(Mirror):
 
     The folder is a database that `trackio show` makes a page of; nothing is sent, and no server is started. A run that
     goes on hands in its rows from the first one again, so that what is there of an earlier attempt is replaced.
-
-    Args:
-        config: what may be shown.
-        record: the run; its privacy and results may still be missing.
-        folder: its folder.
     """
 
-    def __init__(self, config: TrackingConfig, record: RunRecord, folder: Path) -> None:
-        super().__init__(config, folder)
-        self.trackio = trackio = local_trackio(folder.parent / TRACKIO_FOLDER)
+    def open(self, record: RunRecord) -> None:
+        """Begin the run, in place of an earlier one of its name."""
+        self.trackio = trackio = local_trackio(self.folder.parent / TRACKIO_FOLDER)
         with contextlib.suppress(ValueError):  # There is no such project yet.
-            for earlier in [run for run in trackio.Api().runs(config.project) if run.name == record.run_id]:
+            for earlier in [run for run in trackio.Api().runs(self.config.project) if run.name == record.run_id]:
                 earlier.delete()
+        shown = shown_config(record, timeless=self.timeless)
         with without_words(), without_hub():
             self.run = trackio.init(
-                project=config.project,
+                project=self.config.project,
                 name=record.run_id,
                 group=record.sweep,
-                config=shown_config(record) | {"method": method_of(record), "tags": tags(record)},
+                config=shown | {"method": method_of(record), "tags": tags(record)},
                 embed=False,
                 auto_log_cpu=False,
                 auto_log_gpu=False,
             )
 
-    def finish(self, record: RunRecord) -> None:
+    def close(self, record: RunRecord) -> None:
         """Write table and summary, of which Trackio draws the numbers, behind the last step, and close the run."""
-        results = mirrored_summary(record, self.config.allow_private)
-        if record.metrics is not None:
+        results = mirrored_summary(record, self.config, self.folder)
+        if record.metrics is not None and shows_metrics(self.config, record):
             results[TASK_TABLE] = self.trackio.Table(columns=list(TASK_COLUMNS), data=task_rows(record))
         self._log(results, self.last)
         with without_words():
@@ -234,9 +267,10 @@ TASK_TABLE = "evaluation/by_task"
 """Key of the table of tasks."""
 
 
-def mirrored_summary(record: RunRecord, allow_private: bool = False) -> dict[str, Any]:
+def mirrored_summary(record: RunRecord, config: TrackingConfig, folder: Path) -> dict[str, Any]:
     """Accuracy, guarantee, parameter counts and cost, with names such as `metrics/accuracy` and `tasks/<task>`."""
     content = dataclasses.asdict(record)
+    protected, metrics = is_protected(record), shows_metrics(config, record)
     found: dict[str, Any] = {"status": record.status}
     if (guarantee := record.guarantee) is not None:
         found |= {f"guarantee/{name}": value for name, value in guarantee.summary().items()}
@@ -244,20 +278,45 @@ def mirrored_summary(record: RunRecord, allow_private: bool = False) -> dict[str
         found |= dict.fromkeys(("privacy/epsilon", "epsilon"), guarantee.shown)
         if guarantee.of_search:
             content["privacy"]["target_epsilon"] = None  # It was that of one trial.
+    if protected and config.allow_times and (folder / COST_FILE).is_file():
+        content["cost"] = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
     for part, names in SUMMARY.items():
-        if part == "cost" and not (allow_private or record.privacy is None or record.privacy.stand_in):
+        if part == "cost" and protected and not config.allow_times:
             continue  # How long steps take depends on the batches that were really drawn.
+        if part in TEST_PARTS and not metrics:
+            continue
         found |= {f"{part}/{name}": (content[part] or {}).get(name) for name in names}
     if record.parameters is not None:
         found["parameters/fraction"] = record.parameters.fraction
-    if record.metrics is not None:
+    if record.metrics is not None and metrics:
         found |= {f"tasks/{task}": value for task, value in record.metrics.accuracy_by_task.items()}
+    if record.privacy is not None and record.privacy.not_covered:
+        found["privacy/not_covered"] = "; ".join(record.privacy.not_covered)
     return found
 
 
-def shown_config(record: RunRecord) -> dict[str, Any]:
-    """The config of a run and where it comes from."""
-    return record.config | {"provenance": record.provenance}
+TEST_PARTS = ("metrics", "zero_shot")
+"""Parts of the record that are exact functions of the test split."""
+
+
+def is_protected(record: RunRecord) -> bool:
+    """Whether the data is private, or is public only by somebody's word for a file."""
+    config = record.config.get("data", {})
+    data = DataConfig(**{name: config[name] for name in ("name", "path", "public") if name in config})
+    return not config or not is_published(data) or (record.privacy is not None and not record.privacy.stand_in)
+
+
+def shows_metrics(config: TrackingConfig, record: RunRecord) -> bool:
+    """Whether exact metrics of the test split, which no guarantee covers, may leave."""
+    return config.allow_test_metrics or not is_protected(record)
+
+
+def shown_config(record: RunRecord, *, timeless: bool) -> dict[str, Any]:
+    """The config of a run and where it comes from; of a timeless one with the day of its beginning only."""
+    origin = dict(record.provenance)
+    if timeless and "started" in origin:
+        origin["started"] = origin["started"][: len("2026-01-31")]
+    return record.config | {"provenance": origin}
 
 
 def method_of(record: RunRecord) -> str:
@@ -308,15 +367,23 @@ def releasable(record: RunRecord) -> bool:
     It may when the data is public, or when it was trained with a guarantee whose noise nobody can compute again.
     """
     privacy = record.privacy
-    return privacy is not None and (privacy.stand_in or (privacy.private and privacy.noise_mode == "secure"))
+    return privacy is not None and (not is_protected(record) or (privacy.private and privacy.noise_mode == "secure"))
 
 
-def adapter_artifact(record: RunRecord, folder: Path) -> Any:
-    """The adapter's folder as a W&B artifact that says what it guarantees."""
+def adapter_artifact(record: RunRecord, folder: Path, with_hash: bool) -> Any:
+    """The adapter's folder as a W&B artifact that says what it guarantees.
+
+    Args:
+        record: of the run that made it.
+        folder: of the run.
+        with_hash: also say the hash of the record, by which guesses of its exact metrics can be tested.
+    """
     import wandb
 
     assert record.guarantee is not None
-    stated = record.guarantee.summary() | {"record": file_hash(folder / RECORD_FILE)}
+    stated = record.guarantee.summary()
+    if with_hash:
+        stated["record"] = file_hash(folder / RECORD_FILE)
     artifact = wandb.Artifact(f"adapter-{record.run_id}", type="adapter", metadata=stated)
     for path in sorted((folder / ADAPTER_FOLDER).iterdir()):
         artifact.add_file(str(path))

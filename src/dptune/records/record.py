@@ -31,6 +31,8 @@ LEDGER_FILE = "ledger.jsonl"
 
 
 ADAPTER_FOLDER = "adapter"
+COST_FILE = "NON_PRIVATE_cost.json"
+"""What a run on private data cost: beside its record, not to be published."""
 
 
 class RecordError(ValueError):
@@ -120,6 +122,8 @@ class Privacy:
     """Number of validation records."""
     stand_in: bool = False
     """The data is public: epsilon is stated as if it were private."""
+    not_covered: list[str] = field(default_factory=list)
+    """Whom or what the guarantee says nothing about, in words; of private data only."""
     groups: dict[str, GroupPrivacy] = field(default_factory=dict)
     """Clip and noise by group."""
     plan: dict[str, Any] = field(default_factory=dict)
@@ -145,7 +149,7 @@ class Parameters:
 
 @dataclass
 class Cost:
-    """What the run cost. Times depend a little on the batches that were drawn: not to be published of private data."""
+    """What the run cost. It depends a little on the batches that were drawn: of private data it is in `COST_FILE`."""
 
     seconds: float
     """Wall-clock seconds of the run, once data and backbone are loaded."""
@@ -184,7 +188,7 @@ class RunRecord:
     parameters: Parameters | None = None
     """How much was trained."""
     cost: Cost | None = None
-    """What it cost."""
+    """What it cost; null of private data."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of
     what a search released, `repetitions` says how many trials it may have had and what each may have cost."""
@@ -237,6 +241,7 @@ def guarantee_of(record: RunRecord, folder: Path, first_version: bool = False, *
         copies=copies_in(of_config("data_sensitivity")),
         conversations=of_config("data").get("layout") == "messages",
         telemetry_is_shown=tracking.get("allow_private", False) and tracking.get("name") != "none",
+        not_covered=tuple(record.privacy.not_covered),
         attempts=record.privacy.attempts,
         whole=first_version,
     )

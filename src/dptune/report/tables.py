@@ -622,6 +622,16 @@ def flag_notes(settings: Sequence[Setting]) -> list[str]:
     """What limits the meaning of the epsilons."""
     private = _private(settings)
     lines = [f"({mark}) {flag.text}" for mark, flag in FLAGS.items() if any(map(flag.holds, private))]
+    judged = {
+        int(count)
+        for item in settings
+        if not item.value("privacy.stand_in")
+        for count in item.values("metrics.n")
+        if count is not None
+    }
+    if judged:
+        counts = " or ".join(f"{count:,}" for count in sorted(judged))
+        lines.append(f"Test split of private data: no guarantee for its {counts} records, whose metrics are exact.")
     if any((times or 0) > 1 for item in private for times in item.values("guarantee.attempts")):
         lines.append("Some runs were begun more than once; ε is for all that they began (their ledgers list it).")
     return lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dptune.config.extras import require
 from dptune.config.schema import ConfigError, TrackingConfig
 from dptune.records.files import write_atomically
 from dptune.records.lock import locked
-from dptune.records.mirror import WandbTracker, file_hash, has_account, open_run, wandb_table
+from dptune.records.mirror import WandbTracker, file_hash, has_account, is_protected, open_run, wandb_table
 from dptune.records.record import RECORD_FILE, RunFailed, read
 from dptune.report.commands import Request, selected, titled
 from dptune.report.render import to_csv
@@ -59,7 +59,14 @@ def sync(arguments: Sequence[str]) -> None:
     uploaded, there, failed = 0, 0, 0
     for name, results in selected(request):
         jobs = {run_id: partial(upload, request.root / run_id, overrides) for run_id in results.done["run_id"]}
-        if whole:
+        if whole and not settings.allow_test_metrics and any_protected(request.root, results.done["run_id"]):
+            print(
+                f"dptune: the table of {name} stays here: its private test records have no guarantee, and it describes "
+                "them exactly; tracking.allow_test_metrics=true uploads it",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif whole:
             table = main_table(name, results, titled(name))
             jobs[f"the table of {name}"] = partial(upload_table, name, table, request.root, settings)
         for what, job in jobs.items():
@@ -74,6 +81,11 @@ def sync(arguments: Sequence[str]) -> None:
     print(f"{uploaded} uploaded, {there} there already (runs and tables of sweeps)")
     if failed:
         raise RunFailed(f"{failed} not uploaded, named above; the same command tries them again")
+
+
+def any_protected(root: Path, run_ids: Iterable[str]) -> bool:
+    """Whether one of some runs has private data."""
+    return any(record is not None and is_protected(record) for record in (read(root / run_id) for run_id in run_ids))
 
 
 def tracking_of(recorded: Mapping[str, Any], overrides: Sequence[str]) -> TrackingConfig:
@@ -93,7 +105,8 @@ def upload(folder: Path, overrides: Sequence[str]) -> bool:
         if lock is None or record is None or not record.is_done:
             raise BlockingIOError("another process is doing it again, or uploading it")
         config = tracking_of(record.config["tracking"], overrides)
-        shown = (file_hash(folder / RECORD_FILE), history(folder), config.allow_private, config.upload_adapters)
+        allowed = (config.allow_private, config.allow_times, config.allow_test_metrics, config.allow_adapters)
+        shown = (file_hash(folder / RECORD_FILE), history(folder), *allowed, config.upload_adapters)
         marker = Marker(folder / MARKER, config, shown)
         if marker.holds:
             return False
@@ -104,7 +117,8 @@ def upload(folder: Path, overrides: Sequence[str]) -> bool:
                 tracker.step(row | {"epsilon": None} if record.guarantee and record.guarantee.of_search else row)
             tracker.finish(record)
         except BaseException:
-            tracker.run.finish(exit_code=1)
+            if tracker.run is not None:
+                tracker.run.finish(exit_code=1)
             raise
         marker.write()
         return True

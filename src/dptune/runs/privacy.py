@@ -113,7 +113,13 @@ def privacy_of(
 ) -> Privacy:
     """How a run was trained privately, after some steps."""
     if not plan.private:
-        return Privacy(private=False, steps=steps, stand_in=data.public, plan=plan.to_dict())
+        return Privacy(
+            private=False,
+            steps=steps,
+            stand_in=data.public,
+            not_covered=not_covered(config, data),
+            plan=plan.to_dict(),
+        )
     return Privacy(
         private=True,
         unit=plan.unit,
@@ -124,6 +130,7 @@ def privacy_of(
         steps=steps,
         noise_mode=plan.noise_mode,
         stand_in=data.public,
+        not_covered=not_covered(config, data),
         groups=groups or {},
         plan=plan.to_dict(),
     )
@@ -146,6 +153,28 @@ def _epsilon_marks(plan: PrivacyPlan, before: tuple[Event, ...]) -> dict[int, fl
     if not plan.private:
         return dict.fromkeys(events)
     return {step: accountant(done, plan.delta) if done else 0.0 for step, done in events.items()}
+
+
+def not_covered(config: Config, data: Dataset) -> list[str]:
+    """What the guarantee of a run says nothing about, or nothing to whom; of private data only."""
+    if data.public:
+        return []
+    found = [f"the {len(data.test)} records of the test split: metrics are exact functions of them"]
+    if config.privacy.enabled and noise_mode(config) == "reproducible":
+        found.append(
+            f"anyone who knows the seed ({config.environment.seed}, in this record): none against them, they can take "
+            "the noise off"
+        )
+    return found
+
+
+def uncovered_test(config: Config, data: Dataset) -> str:
+    """What is said before records are judged that no guarantee covers."""
+    leave = "are mirrored" if config.tracking.allow_test_metrics else "stay here (tracking.allow_test_metrics=false)"
+    return (
+        f"test split: no guarantee for its {len(data.test)} records, whose metrics are exact and {leave}; "
+        "data.columns.split and data.splits say which records these are"
+    )
 
 
 def spent(record: RunRecord) -> str:

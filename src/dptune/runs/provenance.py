@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
+import json
 import platform
 import resource
 import subprocess
@@ -19,6 +21,8 @@ import torch
 from dptune.config.schema import Config
 from dptune.installation import unlike_lock
 from dptune.records.code import code_version
+from dptune.records.files import write_atomically
+from dptune.records.record import COST_FILE, Cost
 from dptune.runs.setup import Setup
 
 
@@ -36,6 +40,19 @@ def provenance(config: Config, setup: Setup, overrides: Sequence[str]) -> dict[s
         "engine": setup.engine,
         "seed": config.environment.seed,
     }
+
+
+def keep_cost(cost: Cost, folder: Path, public: bool) -> Cost | None:
+    """What the record may say a run cost, which of private data is nothing: the exact number is in a file beside it.
+
+    How long steps take, and how much memory, depends on the batches that were drawn.
+    """
+    path = folder / COST_FILE
+    if public:
+        path.unlink(missing_ok=True)  # Left by an earlier attempt.
+        return cost
+    write_atomically(path, json.dumps(dataclasses.asdict(cost), indent=1) + "\n")
+    return None
 
 
 def versions() -> dict[str, str]:

@@ -21,16 +21,16 @@ from omegaconf import OmegaConf
 
 from dptune import evaluation
 from dptune.config.adapters import ADAPTERS
-from dptune.config.schema import Config
+from dptune.config.schema import Config, ConfigError
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import SOURCES
 from dptune.data.sources import load_dataset as load_data
-from dptune.identity import keep_local_key, run_id
+from dptune.identity import keep_local_key, kept_key, local_key, run_id
 from dptune.models import adapters
 from dptune.models.state import AdapterState
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.guarantee import GUARANTEE_FILE, epsilon_text, rounded_up
-from dptune.privacy.ledger import WriteAheadLedger
+from dptune.privacy.ledger import LedgerError, WriteAheadLedger
 from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.selection import noisy_score
@@ -52,12 +52,12 @@ from dptune.records.record import (
     guarantee_page,
     read,
 )
-from dptune.runs.privacy import describe, epsilon_marks, privacy_of, spent
-from dptune.runs.provenance import peak_memory_mb, provenance
+from dptune.runs.privacy import describe, epsilon_marks, privacy_of, spent, uncovered_test
+from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
 from dptune.runs.setup import Setup, load_backbone, make_engine, set_up, training_format, training_rows
 from dptune.sweeps.progress import in_time
 from dptune.training import checkpoint
-from dptune.training.checkpoint import Checkpoint, CheckpointError
+from dptune.training.checkpoint import Checkpoint, CheckpointError, CheckpointForged
 from dptune.training.loop import Step, train
 from dptune.training.projection import make_projection
 from dptune.training.ranks import Ranks, process_group
@@ -123,6 +123,7 @@ def run_as_first_rank(config: Config, overrides: Sequence[str], ranks: Ranks, sa
 def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder: RunFolder, ranks: Ranks) -> RunRecord:
     """Do a run in a folder that is this process's, from the checkpoint if there is one."""
     begin = time.perf_counter()
+    check_checkpoint(setup, folder.path)
     record = RunRecord(
         run_id=folder.path.name,
         status="running",
@@ -146,6 +147,8 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         folder.say(f"{setup.data.skipped.count} records were skipped: {folder.path / SKIPPED_FILE}")
         skipped = "".join(f"{line}\n" for line in setup.data.skipped.messages)
         write_atomically(folder.path / SKIPPED_FILE, skipped)
+    if not setup.data.public:
+        folder.log(uncovered_test(config, setup.data))
     tracker = tracking.start(config.tracking, record, folder.path)
     try:
         measure_and_train(config, setup, record, folder, tracker, ranks, start, begin)
@@ -182,7 +185,7 @@ def run_as_other_rank(config: Config, ranks: Ranks) -> RunRecord:
         if agreed.go:
             setup = set_up(config, identity)
             setup = dataclasses.replace(setup, keys=dataclasses.replace(setup.keys, master=agreed.master))
-            start = checkpoint.load_checkpoint(folder / CHECKPOINT_FOLDER, setup.stamp) if agreed.step else None
+            start = load_checkpoint(setup, folder) if agreed.step else None
             if setup.plan.steps:
                 train_adapter(config, setup, ranks, start)
             ranks.barrier()
@@ -249,11 +252,41 @@ def finished_record(folder: Path, config: Config) -> RunRecord | None:
     return record if record is not None and record.status == "done" and not config.compute.force else None
 
 
+def load_checkpoint(setup: Setup, folder: Path) -> Checkpoint | None:
+    """The checkpoint of a run. Raises CheckpointError when it cannot go on from there."""
+    return checkpoint.load_checkpoint(folder / CHECKPOINT_FOLDER, setup.stamp, local_key(folder.parent))
+
+
+def check_checkpoint(setup: Setup, folder: Path) -> None:
+    """Raises ConfigError for a checkpoint that is not what this run wrote last: going on from it would not be paid for.
+
+    Neither is it started anew: that costs another attempt, which is for a person to decide.
+    """
+    try:
+        start = load_checkpoint(setup, folder)
+        if start is not None and setup.plan.private:
+            ledger_of(setup, folder).check_start(start.step, start.ledger)
+    except (CheckpointForged, LedgerError) as error:
+        raise ConfigError(
+            f"{folder / CHECKPOINT_FOLDER}: {error}; put the right one back, or remove it to start anew, which "
+            "counts as another attempt at the run"
+        ) from None
+    except CheckpointError:
+        return  # Damaged, or of other code: said, and started anew, below.
+
+
+def ledger_of(setup: Setup, folder: Path) -> WriteAheadLedger:
+    """The ledger of a private run, opened."""
+    return WriteAheadLedger(
+        folder / LEDGER_FILE, setup.plan, setup.keys, setup.keys.run, code_version(), stand_in=setup.data.public
+    )
+
+
 def start_of(setup: Setup, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that a run goes on from; without one, what an earlier attempt left is removed."""
     place = folder.path / CHECKPOINT_FOLDER
     try:
-        start = checkpoint.load_checkpoint(place, setup.stamp)
+        start = load_checkpoint(setup, folder.path)
     except CheckpointError as error:
         folder.log(f"the checkpoint cannot be used: {error}; starting anew")
         start = None
@@ -335,13 +368,14 @@ def measure_and_train(
         right = sum(judge(model.eval(), tokenizer, [example], None)[0][0].correct for example in data.validation)
         assert record.privacy is not None
         record.privacy = scored(record.privacy, right, len(data.validation), config, setup)
-    record.cost = Cost(
+    cost = Cost(
         seconds=time.perf_counter() - begin + earlier,
         training_seconds=training_seconds,
         examples_per_second=plan.steps * plan.expected_batch_size / max(training_seconds, 1e-9),
         peak_memory_mb=peak_memory_mb(config.compute.device),
         device=f"{config.compute.device}, {config.compute.threads} thread(s)",
     )
+    record.cost = keep_cost(cost, folder.path, data.public)
     folder.note(in_one_line(record))  # Whoever asked for the run gets it from the record.
 
 
@@ -378,9 +412,11 @@ def train_adapter(
     engine = make_engine(config, setup)
     ledger = None
     if plan.private and folder is not None:
-        ledger = WriteAheadLedger(folder.path / LEDGER_FILE, plan, keys, keys.run, code_version())
+        ledger = ledger_of(setup, folder.path)
         if plan.one_shot and start is None:
-            ledger.begin(0)
+            ledger.begin(0, checkpoint.hash_of(parameters))
+        if start is not None:
+            ledger.seen(start.step)  # It may have died between checkpoint and ledger.
 
     def public_rows() -> list[Encoded]:
         of_public = SOURCES[config.data.name].public
@@ -405,7 +441,7 @@ def train_adapter(
         if folder is not None:
             folder.lock.check()
         if ledger is not None:
-            ledger.begin(step)
+            ledger.begin(step, checkpoint.hash_of(parameters))
         ranks.barrier()
         if plan.allocation.row.takes_weights:
             # Weights of the adapter as it is now are a function of past releases: free (SPECIFICATION.md 2.5).
@@ -421,8 +457,11 @@ def train_adapter(
         nonlocal shown
         if folder is not None:
             folder.lock.check()
-            made = Checkpoint(step.step, step.seconds, history, step.state())
-            checkpoint.save(folder.path / CHECKPOINT_FOLDER, made, setup.stamp)
+            position = ledger.position if ledger else ""
+            made = Checkpoint(step.step, step.seconds, history, step.state(), position)
+            checkpoint.save(folder.path / CHECKPOINT_FOLDER, made, setup.stamp, kept_key(folder.path.parent))
+            if ledger is not None:
+                ledger.seen(step.step)
             with (folder.path / HISTORY_FILE).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in history[max(shown, start.step if start else 0) :])
             for row in history[shown:]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dptune.config.checks import strict
 from dptune.config.extras import check_extras
-from dptune.config.schema import Config, ConfigError, is_public, noise_mode
+from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, noise_mode
 from dptune.identity import KEY_FILE, local_key, run_id
 from dptune.privacy.events import Event
 from dptune.privacy.guarantee import GUARANTEE_FILE
@@ -228,7 +228,7 @@ class Search:
             environment=dataclasses.replace(job.config.environment, seed=seed),
             compute=dataclasses.replace(job.config.compute, output_root=str(root)),
         )
-        if not is_public(config.data):
+        if not has_plain_hashes(config.data):
             # Private data must have the same fingerprint in a trial as anywhere else.
             key = local_key(self.root)
             write_once(root / KEY_FILE, key)
@@ -257,7 +257,7 @@ class Search:
                 "delta": self.candidates[0].config.privacy.delta,
             },
         }
-        public = is_public(self.candidates[0].config.data)
+        public = is_open(self.candidates[0].config.data)
         released = dataclasses.replace(
             record,
             run_id=self.released.run_id,

@@ -5,11 +5,14 @@ once the checkpoint that holds the step is on disk. Steps after the last checkpo
 never seen, and are done again for free (SPECIFICATION.md 10.4): with the same keys they are the same releases, and with
 fresh ones they are what an uninterrupted run would have drawn. A checkpoint holds releases, functions of them and the
 rows of the history; never a key, and no sum without noise.
+
+It is signed: with its step set back, or other weights put in, the same noise would be added to other gradients.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import shutil
 from collections.abc import Mapping
@@ -30,6 +33,10 @@ _TENSOR, _ITEMS = "$tensor", "$items"
 
 class CheckpointError(ValueError):
     """A checkpoint that this run cannot go on from: why, in one line."""
+
+
+class CheckpointForged(CheckpointError):
+    """A checkpoint that is not what this run wrote last: it must not be used, and starting anew is for a person."""
 
 
 class Stateful(Protocol):
@@ -56,6 +63,8 @@ class Checkpoint:
     """Their rows of the history."""
     state: Mapping[str, Any]
     """State of each part by its name, from `state_of`."""
+    ledger: str = ""
+    """Position of the ledger when it was made, of a private run."""
 
 
 def state_of(parts: Mapping[str, Stateful]) -> dict[str, Any]:
@@ -69,13 +78,23 @@ def restore(parts: Mapping[str, Stateful], state: Mapping[str, Any]) -> None:
         part.load_state_dict(state[name])
 
 
-def save(folder: Path, checkpoint: Checkpoint, stamp: Mapping[str, str]) -> None:
+def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Sixteen hexadecimal digits of some tensors to the last bit."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save(folder: Path, checkpoint: Checkpoint, stamp: Mapping[str, str], key: bytes) -> None:
     """Replace the checkpoint in a folder; a process killed meanwhile leaves the old one or the new one.
 
     Args:
         folder: of the checkpoint alone.
         checkpoint: the new one.
         stamp: what must be the same when it is loaded, such as the plan and the code.
+        key: secret of this machine, by which the whole of it is signed.
 
     Raises:
         OSError: when the disk is full or the folder cannot be written; the old checkpoint stays.
@@ -97,21 +116,29 @@ def save(folder: Path, checkpoint: Checkpoint, stamp: Mapping[str, str]) -> None
         "tensors": {"file": path.name, "hash": _hash(path)},
         "state": state,
         "history": checkpoint.history,
+        "ledger": checkpoint.ledger,
     }
-    write_atomically(folder / STATE_FILE, json.dumps(content) + "\n")
+    text = json.dumps(content)
+    write_atomically(folder / STATE_FILE, f"{text}\n{_signature(text, key)}\n")
     for other in folder.glob("*.safetensors"):
         if other != path:
             other.unlink()
 
 
-def load_checkpoint(folder: Path, stamp: Mapping[str, str]) -> Checkpoint | None:
+def load_checkpoint(folder: Path, stamp: Mapping[str, str], key: bytes) -> Checkpoint | None:
     """The checkpoint in a folder, or None when there is none.
 
     Raises:
-        CheckpointError: when it is damaged or of another plan, of other data or of other code.
+        CheckpointForged: when its signature is not that of its content.
+        CheckpointError: when it is damaged, not signed (older versions), or of another plan, other data or other code.
     """
     try:
-        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        text, _, signature = (folder / STATE_FILE).read_text(encoding="utf-8").rstrip("\n").partition("\n")
+        if not signature:
+            raise CheckpointError(f"{STATE_FILE} is not signed, as those of older versions were")
+        if not hmac.compare_digest(signature.encode(), _signature(text, key).encode()):
+            raise CheckpointForged(f"{STATE_FILE} was changed, or is of another output folder")
+        content = json.loads(text)
         changed = sorted(name for name in stamp if content["stamp"].get(name) != stamp[name])
         if changed:
             raise CheckpointError(f"it was made with another {' and another '.join(changed)}")
@@ -119,13 +146,11 @@ def load_checkpoint(folder: Path, stamp: Mapping[str, str]) -> Checkpoint | None
         if _hash(path) != content["tensors"]["hash"]:
             raise CheckpointError(f"{path.name} is damaged")
         state = _from_plain(content["state"], load_file(path))
-        return Checkpoint(content["step"], content["seconds"], content["history"], state)
+        return Checkpoint(content["step"], content["seconds"], content["history"], state, content["ledger"])
     except FileNotFoundError as error:
         if error.filename is not None and Path(error.filename).name == STATE_FILE:
             return None
         raise CheckpointError(f"{error.filename} is missing") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{STATE_FILE} is damaged ({error})") from None
 
 
 def remove(folder: Path) -> None:
@@ -136,7 +161,11 @@ def remove(folder: Path) -> None:
 
 def _hash(path: Path) -> str:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _signature(text: str, key: bytes) -> str:
+    return hmac.digest(key, b"dptune checkpoint\n" + text.encode(), "sha256").hex()
 
 
 def _to_plain(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
