@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Generator
 
 # Set before torch and transformers are imported: one thread a test process, and no test may need a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# Runs on private data are booked; not in the account of whoever runs the tests.
+os.environ["DPTUNE_HOME"] = tempfile.mkdtemp(prefix="dptune-tests-")
 
 from pathlib import Path
 from typing import TYPE_CHECKING

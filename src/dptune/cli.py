@@ -136,6 +136,23 @@ def sync(argv: list[str]) -> None:
     upload.sync(argv)
 
 
+def budget(argv: list[str]) -> None:
+    """`dptune budget [group=choice ...] [key=value ...]`: what all runs on private data cost together.
+
+    Raises:
+        ConfigError: when the account, or the config, cannot be read.
+    """
+    from dptune.runs import budget
+
+    if words := [item for item in argv if "=" not in item]:
+        raise ConfigError(f"budget {' '.join(words)}: give key=value only, such as data=files data.path=FILE")
+    config = None
+    if argv:
+        with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+            config = strict(hydra.compose("config", overrides=argv))
+    print(budget.describe(budget.accounts_of(config)))
+
+
 def overview() -> str:
     """What `dptune --help` prints: commands, groups with their choices, sweeps."""
     lines = ["dptune: differentially private, parameter-efficient fine-tuning of language models on instructions", ""]
@@ -301,6 +318,14 @@ VERBS = {
         view("claims"), FILTERS, "says what the records say of each claim", FILTERED + "to=FOLDER: where to."
     ),
     "report": Verb(view("report"), FILTERS, "writes one self-contained page", FILTERED + "to=FOLDER: where to."),
+    "budget": Verb(
+        budget,
+        "[group=choice ...] [key=value ...]",
+        "shows what all runs on private data cost together",
+        "One account for each data set and unit of privacy, over all output folders of this machine; the file is\n"
+        "budget.jsonl in $DPTUNE_HOME (else ~/.local/state/dptune). With arguments, such as data=files\n"
+        "data.path=FILE, only that of their data. privacy.budget=EPSILON refuses a run that would exceed it.",
+    ),
     "sync": Verb(
         sync, FILTERS, "uploads finished records to W&B, each once", FILTERED + "tracking.project=NAME: where to."
     ),

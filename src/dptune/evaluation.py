@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dptune.data.batches import InputFormat, collate, token_log_probabilities
+from dptune.data.batches import Ladder, collate, collate_prompts, physical_batches, token_log_probabilities
 from dptune.data.encoding import Encoded, encode
 from dptune.data.schema import Example
 from dptune.data.templates import prompt_of, response_of
@@ -48,120 +49,132 @@ def evaluated_examples(examples: Sequence[Example], prompts: int | None) -> list
     return [item for item in examples if item.options or (item.instruction, item.input) in kept[item.task]]
 
 
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    seen_inputs: Collection[str] | None,
-    *,
-    layout: InputFormat,
-    sequence_length: int,
-    batch_size: int,
-    max_new_tokens: int,
-    template: str = "plain",
-) -> tuple[list[Answer], list[Written]]:
-    """One judgement an example, in their order, and what was written for each prompt of free form.
+@dataclass(frozen=True)
+class Evaluator:
+    """How a model is judged: the shapes in which it reads, and how long it may write.
 
-    Args:
-        model: language model in evaluation mode.
-        tokenizer: its tokenizer.
-        examples: what to judge on.
-        seen_inputs: inputs of the training split; None when they are private, because telling which test inputs
-            occur among them would tell about single training records.
-        layout: how the model reads an example.
-        sequence_length: longest example in tokens.
-        batch_size: sequences in one forward pass.
-        max_new_tokens: longest free-form output in tokens.
-        template: what a prompt looks like, `plain` or `chat`.
+    What an example gets does not depend on the others: the shapes are public (`data.batches`).
     """
-    candidates = [
-        (index, option) for index, example in enumerate(examples) for option in (example.options or (example.output,))
-    ]
-    pairs = [(prompt_of(examples[i], tokenizer, template), response_of(option, template)) for i, option in candidates]
-    rows = encode(pairs, tokenizer, sequence_length)
-    scores = [0.0] * len(rows)
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda item: len(rows[item].tokens))
-    for start in range(0, len(order), batch_size):
-        piece = order[start : start + batch_size]
-        batch = collate([rows[item] for item in piece], layout, device)
-        for item, score in zip(piece, token_log_probabilities(model, batch).sum(dim=1).tolist(), strict=True):
-            scores[item] = score
 
-    best: dict[int, tuple[float, str]] = {}
-    losses: dict[int, float] = {}
-    for (index, option), row, score in zip(candidates, rows, scores, strict=True):
-        if option == examples[index].output:
-            losses[index] = -score / row.response
-        if index not in best or score > best[index][0]:
-            best[index] = (score, option)
-    answers = {index: best[index][1] for index, example in enumerate(examples) if example.options}
-    asked: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for index, example in enumerate(examples):
-        if not example.options:
-            asked[example.task, example.instruction, example.input].append(index)
-    first = [examples[indices[0]] for indices in asked.values()]
-    outputs = greedy(model, tokenizer, first, layout, sequence_length, batch_size, max_new_tokens, template)
-    written = []
-    for indices, output in zip(asked.values(), outputs, strict=True):
-        answers |= dict.fromkeys(indices, output)
-        references = tuple(examples[index].output for index in indices)
-        written.append(Written(examples[indices[0]].task, output.strip(), references))
-    test_items = [
-        Answer(
-            task=example.task,
-            correct=is_correct(answers[index], example),
-            loss=losses[index],
-            unseen=None if seen_inputs is None else example.input not in seen_inputs,
+    tokenizer: PreTrainedTokenizerBase
+    ladder: Ladder
+    """Shapes of the batches; `longest` is the longest example in tokens."""
+    max_new_tokens: int
+    """Longest free-form output in tokens."""
+    template: str = "plain"
+    """What a prompt looks like, `plain` or `chat`."""
+
+    @torch.no_grad()
+    def __call__(
+        self, model: torch.nn.Module, examples: Sequence[Example], seen_inputs: Collection[str] | None
+    ) -> tuple[list[Answer], list[Written]]:
+        """One answer an example, in their order, and what was written for each prompt of free form.
+
+        Args:
+            model: language model in evaluation mode.
+            examples: what to judge on.
+            seen_inputs: inputs of the training split; None when they are private, because telling which test inputs
+                occur among them would tell about single training records.
+        """
+        chosen, losses = self._ranked(model, examples)
+        written, answers = self._written(model, examples)
+        answers |= {index: chosen[index] for index, example in enumerate(examples) if example.options}
+        judged = [
+            Answer(
+                task=example.task,
+                correct=is_correct(answers[index], example),
+                loss=losses[index],
+                unseen=None if seen_inputs is None else example.input not in seen_inputs,
+            )
+            for index, example in enumerate(examples)
+        ]
+        return judged, written
+
+    def _ranked(self, model: torch.nn.Module, examples: Sequence[Example]) -> tuple[dict[int, str], dict[int, float]]:
+        """The likeliest option of each example, and the loss of its right response."""
+        candidates = [
+            (index, option)
+            for index, example in enumerate(examples)
+            for option in (example.options or (example.output,))
+        ]
+        rows = encode(
+            [
+                (prompt_of(examples[index], self.tokenizer, self.template), response_of(option, self.template))
+                for index, option in candidates
+            ],
+            self.tokenizer,
+            self.ladder.longest,
         )
-        for index, example in enumerate(examples)
-    ]
-    return test_items, written
+        best: dict[int, tuple[float, str]] = {}
+        losses: dict[int, float] = {}
+        for (index, option), row, score in zip(candidates, rows, self._scores(model, rows), strict=True):
+            if option == examples[index].output:
+                losses[index] = -score / row.response
+            if index not in best or score > best[index][0]:
+                best[index] = (score, option)
+        return {index: option for index, (_, option) in best.items()}, losses
 
+    def _scores(self, model: torch.nn.Module, rows: Sequence[Encoded]) -> list[float]:
+        """Log-probability of each row's response."""
+        scores = [0.0] * len(rows)
+        device = next(model.parameters()).device
+        for piece in physical_batches(rows, self.ladder):
+            taken = piece.positions.tolist()
+            batch = collate([rows[row] for row in taken], self.ladder.layout, piece.shape, device)
+            found = token_log_probabilities(model, batch).sum(dim=1).tolist()
+            for row, score in zip(taken, found, strict=False):
+                scores[row] = score
+        return scores
 
-def greedy(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    layout: InputFormat,
-    sequence_length: int,
-    batch_size: int,
-    max_new_tokens: int,
-    template: str = "plain",
-) -> list[str]:
-    """Greedy output of each example, cut at the end-of-sequence token or after `max_new_tokens`."""
-    if not examples:
-        return []  # The tokenizer does not take an empty list.
-    # A row without a response is a prompt.
-    texts = [prompt_of(example, tokenizer, template) for example in examples]
-    tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if layout.architecture == "decoder" and positions is not None:
-        # What is written takes positions after the prompt, and learned positions end.
-        sequence_length = min(sequence_length, max(positions - max_new_tokens, 1))
-    rows = [Encoded(tuple(row[-sequence_length:]), 0) for row in tokens]
-    outputs = [""] * len(rows)
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda item: len(rows[item].tokens))
-    for start in range(0, len(order), batch_size):
-        piece = order[start : start + batch_size]
-        batch = collate([rows[item] for item in piece], layout, device)
-        generated = model.generate(  # type: ignore[operator]
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        # A decoder repeats what it read; the decoder of an encoder-decoder begins with its start token.
-        read = 1 if layout.architecture == "encoder_decoder" else batch["input_ids"].shape[1]
-        written = tokenizer.batch_decode(generated[:, read:], skip_special_tokens=True)
-        for item, text in zip(piece, written, strict=True):
-            outputs[item] = text
-    return outputs
+    def _written(self, model: torch.nn.Module, examples: Sequence[Example]) -> tuple[list[Written], dict[int, str]]:
+        """What the model writes for each prompt of free form, once, and for each example."""
+        asked: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+        for index, example in enumerate(examples):
+            if not example.options:
+                asked[example.task, example.instruction, example.input].append(index)
+        outputs = self.outputs(model, [examples[indices[0]] for indices in asked.values()])
+        written: list[Written] = []
+        answers: dict[int, str] = {}
+        for indices, output in zip(asked.values(), outputs, strict=True):
+            answers |= dict.fromkeys(indices, output)
+            references = tuple(examples[index].output for index in indices)
+            written.append(Written(examples[indices[0]].task, output.strip(), references))
+        return written, answers
+
+    @torch.no_grad()
+    def outputs(self, model: torch.nn.Module, examples: Sequence[Example]) -> list[str]:
+        """Greedy output of each example, cut at the end-of-sequence token or after `max_new_tokens`."""
+        if not examples:
+            return []  # The tokenizer does not take an empty list.
+        layout, longest = self.ladder.layout, self.ladder.longest
+        texts = [prompt_of(example, self.tokenizer, self.template) for example in examples]
+        tokens: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if layout.architecture == "decoder" and positions is not None:
+            # What is written takes positions after the prompt, and learned positions end.
+            longest = min(longest, max(positions - self.max_new_tokens, 1))
+        ladder = dataclasses.replace(self.ladder, longest=longest)
+        # A row without a response is a prompt.
+        rows = [Encoded(tuple(row[-longest:]), 0) for row in tokens]
+        outputs = [""] * len(rows)
+        device = next(model.parameters()).device
+        for piece in physical_batches(rows, ladder):
+            taken = piece.positions.tolist()
+            batch = collate_prompts([rows[row].tokens for row in taken], layout, piece.shape, device)
+            generated = model.generate(  # type: ignore[operator]
+                **batch,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+            # A decoder repeats what it read; the decoder of an encoder-decoder begins with its start token.
+            read = 1 if layout.architecture == "encoder_decoder" else piece.shape.width
+            texts = self.tokenizer.batch_decode(generated[:, read:], skip_special_tokens=True)
+            for row, text in zip(taken, texts, strict=False):
+                outputs[row] = text
+        return outputs
 
 
 def is_correct(answer: str, example: Example) -> bool:

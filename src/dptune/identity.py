@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dptune.config.files import data_files
-from dptune.config.schema import CHECKSUMS, EMBEDDED, SHIPPED, Config, ConfigError, has_plain_hashes
+from dptune.config.schema import CHECKSUMS, EMBEDDED, EMBEDDED_DATA, SHIPPED, Config, ConfigError, has_plain_hashes
 from dptune.records.files import write_once
 
 NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
@@ -31,8 +31,14 @@ def run_id(config: Config) -> str:
     keyed by `local_key`, so that a published id tells nothing about the file.
     """
     identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
+    del identity["privacy"]["budget"]  # It decides whether a run may be done, and none of its numbers.
     if config.privacy.score_noise_multiplier is None:
         del identity["privacy"]["score_noise_multiplier"]  # Runs from before it keep their names.
+    for name in ("declared_size", "declared_task_sizes", "declared_users"):
+        if identity["data"][name] is None:
+            del identity["data"][name]
+    if selects_by_content(config):
+        identity["data"]["selection"] = "content"  # Runs from before it had other rows.
     for group, names in PERMISSIONS.items():
         for name in names:
             if not identity[group][name]:
@@ -48,6 +54,13 @@ def run_id(config: Config) -> str:
         identity["data"]["path"] = keyed_hash(key, contents)
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def selects_by_content(config: Config) -> bool:
+    """Whether training rows are a share of all, or their copies cost more: both once were otherwise."""
+    data, condition = config.data, config.data_sensitivity
+    cut = data.name not in EMBEDDED_DATA and data.train_size is not None
+    return cut or data.task_weights is not None or condition.train_fraction < 1 or condition.duplicates > 0
 
 
 def local_key(output_root: Path) -> bytes:

@@ -107,10 +107,10 @@ def test_killed_processes_are_gone_on_for_and_share_secure_keys(config: Config, 
 
 def test_a_process_that_dies_ends_the_others_with_its_traceback_in_the_log(config: Config, tmp_path: Path) -> None:
     program = (
-        "import os, sys\nfrom dptune.runs import run\nfrom dptune.cli import main\n"
+        "import os, sys\nfrom dptune.runs import training\nfrom dptune.cli import main\n"
         "if os.environ['RANK'] == '1':\n"
         "    def collate(*_):\n        raise RuntimeError('the second one is ill')\n"
-        "    run.make_engine = collate\n"
+        "    training.training_rows = collate\n"
         "main(sys.argv[1:])"
     )
     config.compute.output_root = str(tmp_path)

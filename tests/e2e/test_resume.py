@@ -26,7 +26,7 @@ from dptune.privacy.guarantee import epsilon_text
 from dptune.records import mirror as tracking
 from dptune.records import record as records
 from dptune.records.lock import holder
-from dptune.runs import run
+from dptune.runs import run, training
 from dptune.runs import setup as preparation
 from dptune.sweeps.expand import without_hydra
 from dptune.sweeps.jobs import ROOT
@@ -91,14 +91,14 @@ class Killed(BaseException):
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException | None = None) -> None:
     """Stop the next run when it has done so many steps, before the last one is in a checkpoint."""
-    row = run.history_row
+    row = training.history_row
 
     def history_row(step: Any, epsilon: float | None) -> dict[str, Any]:
         if step.step == after:
             raise error or Killed
         return row(step, epsilon)
 
-    monkeypatch.setattr(run, "history_row", history_row)
+    monkeypatch.setattr(training, "history_row", history_row)
 
 
 def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -256,7 +256,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
     two = folder_of(config)
     if damage == "code":
         with monkeypatch.context() as patch:
-            for module in (run, preparation):
+            for module in (training, preparation):
                 patch.setattr(module, "code_version", lambda: "older")
             interrupted(config, patch, after=5)
     else:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from backbones_for_tests import seeded
@@ -19,10 +18,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import collate, physical_batches
+from dptune.data.batches import Ladder, collate, physical_batches
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.sources import Dataset, load_dataset
-from dptune.evaluation import evaluate, metrics_of
+from dptune.evaluation import Evaluator, metrics_of
 from dptune.identity import run_id
 from dptune.models import adapters, backbones
 from dptune.privacy.ledger import WriteAheadLedger
@@ -71,16 +70,8 @@ def measured_again(
     model: torch.nn.Module, backbone: backbones.Backbone, data: Dataset
 ) -> tuple[records.Metrics, list[bool]]:
     """What a run writes down of its model, and which answers were right, in other batches."""
-    found, written = evaluate(
-        model,
-        backbone.tokenizer,
-        data.test,
-        {example.input for example in data.train},
-        layout=backbone.layout,
-        sequence_length=96,
-        batch_size=16,
-        max_new_tokens=64,
-    )
+    judge = Evaluator(backbone.tokenizer, Ladder(96, 16, backbone.layout), 64)
+    found, written = judge(model, data.test, {example.input for example in data.train})
     return metrics_of(found, written), [item.correct for item in found]
 
 
@@ -184,7 +175,7 @@ def test_users_are_asked_of_data_that_has_them(config: Config, tmp_path: Path) -
     path = tmp_path / "plain.jsonl"
     row = {"instruction": "say", "output": "yes"}
     path.write_text("".join(json.dumps({**row, "split": split}) + "\n" for split in ["train"] * 50 + ["test"] * 5))
-    config.data.name, config.data.path = "jsonl", str(path)
+    config.data.name, config.data.path, config.data.train_size = "jsonl", str(path), None
     config.privacy.unit, config.privacy.examples_per_user = "user_els", 2
     with pytest.raises(ConfigError, match="author of every training record"):
         run.run(config)
@@ -426,20 +417,22 @@ def test_a_private_run_with_a_bfloat16_backbone(config: Config, quantization: st
     assert dtypes == {torch.float32}
 
 
-def test_a_record_that_is_taken_out_changes_no_bit_of_the_others_gradients(config: Config) -> None:
-    """As a private run in bfloat16 would compute them: its engine, its layout, its physical batches."""
-    config.environment.precision, config.environment.sequence_length = "bfloat16", 48
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_record_that_is_taken_out_changes_no_bit_of_the_others_gradients(config: Config, precision: str) -> None:
+    """As a private run would compute them: its engine, its physical batches."""
+    config.environment.precision, config.environment.sequence_length = precision, 48
     config.compute.physical_batch_size = 8
     prepared = preparation.set_up(config, "one")
     adapters.set_modes(prepared.model)
-    engine, layout = preparation.make_engine(config, prepared), preparation.training_format(config, prepared)
+    engine, ladder = prepared.path.start(prepared.model), prepared.path.ladder
     rows = list(enumerate(encode_examples(prepared.data.train[:30], prepared.backbone.tokenizer, 48)))
 
     def gradients(some: list[tuple[int, Encoded]]) -> dict[int, list[torch.Tensor]]:
         found = {}
-        for piece in physical_batches([row for _, row in some], np.arange(len(some)), 8):
-            part = engine(collate([some[at][1] for at in piece], layout))[1]
-            found |= {some[at][0]: [value[i] for value in part.values()] for i, at in enumerate(piece.tolist())}
+        for piece in physical_batches([row for _, row in some], ladder):
+            at = piece.positions.tolist()
+            part = engine(collate([some[row][1] for row in at], ladder.layout, piece.shape))[1]
+            found |= {some[row][0]: [value[i] for value in part.values()] for i, row in enumerate(at)}
         return found
 
     everyone = gradients(rows)
@@ -465,9 +458,20 @@ def test_a_gradient_that_depends_on_its_place_is_found_before_anything_is_spent(
             return losses, {name: value * scale for name, value in found.items()}
 
     monkeypatch.setitem(engines.ENGINES, "hooks", Placed)
-    assert run.run(config).status == "done"  # in float32 that is inside the margin
-    config.environment.precision = "bfloat16"
-    with pytest.raises(ConfigError, match="depend on a row's place in its batch; set compute.physical_batch_size=1"):
+    record = run.run(config)
+    # Alone in its batch a row has no other place, and the log says why it is.
+    assert record.status == "done"
+    log = (Path(config.compute.output_root) / record.run_id / "run.log").read_text()
+    assert "not used: engine hooks, 24 row(s) in a batch: the last bits of the gradient of" in log
+
+    class Random(engines.HookEngine):
+        def __call__(self, batch):
+            losses, found = super().__call__(batch)
+            return losses, {name: value * (1 + 1e-6 * torch.rand(())) for name, value in found.items()}
+
+    monkeypatch.setitem(engines.ENGINES, "hooks", Random)
+    config.environment.engine, config.environment.seed = "hooks", 5
+    with pytest.raises(ConfigError, match="the last bits of the gradient of .* depend on"):
         run.run(config)
     assert not (Path(config.compute.output_root) / run_id(config)).exists()
 
@@ -575,6 +579,7 @@ def test_an_engine_that_is_wrong_is_found_before_anything_is_spent(
             return losses, {name: 2 * value if ".o_proj." in name else value for name, value in found.items()}
 
     monkeypatch.setitem(engines.ENGINES, "hooks", Doubled)
+    config.environment.engine = "hooks"
     with pytest.raises(ConfigError, match=r"o_proj.* differs from the loop"):
         run.run(config)
     assert not list(Path(config.compute.output_root).glob("*/record.json"))

@@ -229,7 +229,6 @@ def test_what_has_no_epsilon_is_refused(config: Config, changes: dict[str, Any],
     [
         ({"privacy": {"unit": "user_els", "examples_per_user": 2}}, "one user may change many answers"),
         ({"privacy": {"enabled": False, "target_epsilon": None}}, "a non-private run cannot be chosen privately"),
-        ({"data": {"on_bad": "skip", "split_by": "user"}}, "set data.on_bad=error"),
     ],
 )
 def test_a_score_whose_proof_would_not_hold_is_refused(config: Config, changes: dict[str, Any], message: str) -> None:
@@ -264,23 +263,21 @@ def test_the_score_counts_right_answers_on_the_validation_split(
         return float(right)
 
     monkeypatch.setattr(run, "noisy_score", exact)
-    judged: list[list[object]] = []
-    judge = run.evaluation.evaluate
+    judged: list[Any] = []
+    judge = run.evaluation.Evaluator.__call__
 
-    def spy(*arguments: Any, **named: Any) -> Any:
-        found = judge(*arguments, **named)
-        judged.append([arguments, named, found])
+    def spy(self: Any, model: Any, examples: Any, seen: Any) -> Any:
+        found = judge(self, model, examples, seen)
+        judged.append([examples, seen, found])
         return found
 
-    monkeypatch.setattr(run.evaluation, "evaluate", spy)
+    monkeypatch.setattr(run.evaluation.Evaluator, "__call__", spy)
     scored = with_values(config, privacy={"score_noise_multiplier": 2.0}, hyperparameter={"learning_rate": 0.3})
     record = run.run(scored)
     data = data_of(scored)
-    single = [item for item in judged if len(item[0][2]) == 1]  # type: ignore[index]
-    assert [item[0][2][0] for item in single] == data.validation  # type: ignore[index]
-    (model, tokenizer, _, _), named, _ = single[0]  # type: ignore[misc]
-    together = judge(model, tokenizer, data.validation, None, **named)
-    assert counted == [sum(item.correct for item in together[0])]
+    examples, seen, found = judged[-1]
+    assert examples == data.validation and seen is None
+    assert counted == [sum(item.correct for item in found[0])]
     assert record.privacy is not None and (record.privacy.score, record.privacy.score_of) == (counted[0], 20)
     assert record.guarantee.epsilon == max(epsilon([Event(2.0, 1.0)], 1e-5), make_plan(scored, data).epsilon())
 

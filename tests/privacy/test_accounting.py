@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as library
 from scipy import integrate, stats
 
-from dptune.privacy import accounting
+from dptune.privacy import accounting, pld
 from dptune.privacy.accounting import (
     ACCOUNTANTS,
     REFERENCE,
@@ -245,3 +246,17 @@ def test_a_plain_gaussian_with_hardly_any_noise_is_accounted_for() -> None:
     from dptune.privacy import accounting
 
     assert accounting.epsilon([Event(0.1, 1.0)], 1e-5) > 50
+
+
+@pytest.mark.parametrize("sigma", [5e-324, 1e-300, 1e-9, 1e-6])
+def test_noise_too_small_for_double_precision_has_no_finite_epsilon(sigma: float) -> None:
+    assert accounting.epsilon([Event(sigma, 1.0)], 1e-5) == math.inf
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_many_releases_with_few_losses_a_step_compose_as_the_library_does_it(rate: float) -> None:
+    event = Event(20.0, rate)
+    single = pld._single(event, 2e-3)
+    assert single._pmf_remove.size < 1000
+    ours = pld.compose([replace(event, count=20)], 2e-3).get_epsilon_for_delta(1e-5)
+    assert ours == single.self_compose(20).get_epsilon_for_delta(1e-5)

@@ -20,7 +20,7 @@ from dptune.privacy.clipping import (
     SensitivityError,
     clip_and_sum,
 )
-from dptune.privacy.rules import CLIPPINGS
+from dptune.privacy.rules import CLIPPINGS, SMALLEST_NORM
 
 pytestmark = pytest.mark.numerical
 
@@ -72,11 +72,11 @@ def loop_oracle(rows, groups, kind, thresholds, unit_stds, stability):
             elif kind == "scaled_flat":
                 factor = 0.0 if s == 0 else (min(1.0, 1.0 / whitened) if whitened else 1.0)
             elif kind == "auto_s":
-                factor = c / (norm + stability)
+                factor = c / max(norm + stability, SMALLEST_NORM)
             elif kind == "auto_v":
-                factor = c / norm if norm else 0.0
+                factor = c / max(norm, SMALLEST_NORM)
             elif kind == "psac":
-                factor = c / (norm + stability / (norm + stability))
+                factor = c / max(norm + stability / (norm + stability), SMALLEST_NORM)
             else:
                 raise NotImplementedError(f"clipping {kind} has no oracle")
             clipped[i, a:b] = factor * piece
@@ -253,17 +253,28 @@ def test_a_frozen_group_is_left_out():
         assert torch.equal(total, clip_and_sum(gradients_of(without, GROUPS), GROUPS, rule).values)
 
 
-def test_rows_of_a_user_are_averaged_before_clipping():
+def test_rows_that_fill_a_batch_up_do_not_count():
     rows = 3 * np.random.default_rng(6).normal(size=(6, 14))
     rows[4, 0] = math.nan
-    users = torch.tensor([7, 2, 7, 7, 2, 5])
-    finite = np.nan_to_num(rows) * (np.arange(6) != 4)[:, None]
-    means = np.stack([finite[users.numpy() == user].mean(axis=0) for user in (2, 5, 7)])
-    rule = rule_of("group", [1.0, 2.0, 0.5])
-    by_user = clip_and_sum(gradients_of(rows, GROUPS), GROUPS, rule, users)
-    by_row = clip_and_sum(gradients_of(means, GROUPS), GROUPS, rule)
-    assert_close_to_largest(by_user.values, by_row.values)
-    assert by_user.telemetry.tolist()[::2] == [3.0, 1.0]
+    rows[5, 1] = math.inf
+    counted = torch.tensor([True, False, True, True, True, False])
+    for kind in KINDS:
+        rule = rule_of(kind, [1.0, 2.0, 0.5])
+        found = clip_and_sum(gradients_of(rows, GROUPS), GROUPS, rule, counted)
+        expected = clip_and_sum(gradients_of(rows[counted.numpy()], GROUPS), GROUPS, rule)
+        assert_close_to_largest(found.values, expected.values)
+        assert torch.equal(found.inside, expected.inside)
+        assert found.telemetry.tolist() == pytest.approx(expected.telemetry.tolist())
+
+
+def test_a_short_gradient_is_not_blown_up_by_a_rule_that_normalises():
+    rows = np.random.default_rng(6).normal(size=(2, 14))
+    for scale in (1e-9, 1e-120, 0.0):
+        for kind in ("auto_s", "auto_v", "psac"):
+            found = clip_and_sum(
+                gradients_of(scale * rows, GROUPS), GROUPS, rule_of(kind, [1.0, 2.0, 0.5], stability=1e-300)
+            )
+            assert float(found.values.abs().max()) <= 2.0 * 4 * scale / SMALLEST_NORM
 
 
 def test_disagreeing_gradients_are_refused():
@@ -278,7 +289,7 @@ def test_disagreeing_gradients_are_refused():
     with pytest.raises(ValueError, match=r"gradients of y have shape \(5,\)"):
         clip_and_sum({**good, "y": torch.zeros(5)}, GROUPS, rule)
     with pytest.raises(ValueError, match="expected"):
-        clip_and_sum(good, GROUPS, rule, torch.zeros(3, dtype=torch.long))
+        clip_and_sum(good, GROUPS, rule, torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="unknown"):
         clip_and_sum(good, GROUPS, rule_of("hard", [1.0, 1.0, 1.0]))
 

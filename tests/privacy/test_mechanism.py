@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dptune.privacy.clipping import MARGIN, ClippedSum, Sensitivity
 from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import Allocation, Clipping, PrivacyPlan, QuantileTracking, Schedule
 from dptune.privacy.streams import KeyRing
+from dptune.privacy.units import UNCOUNTED, UnitMeans
 
 pytestmark = pytest.mark.numerical
 
@@ -273,21 +275,57 @@ def test_groups_and_keys_must_fit():
         Mechanism(plan_of(noise_mode="secure"), GROUPS, KEYS)
 
 
+def means_of(batch, users, size=4):
+    means = UnitMeans(Counter(users.tolist()), size)
+    means.add(batch, users)
+    return means.take()
+
+
+def test_the_mean_of_a_user_is_its_own_to_the_last_bit():
+    """Whoever else is there, and however the rows are cut up: they are added one after the other."""
+    batch, users = batch_of(7), torch.tensor([0, 1, 0, 1, 1, 0, 2])
+    expected = means_of(batch, users)[0]
+    means = UnitMeans({0: 3, 5: 1}, 4)
+    for piece in ([0, 2], [6, 5]):
+        part = {name: value[piece] for name, value in batch.items()}
+        means.add(part, torch.tensor([{0: 0, 2: 5}[int(users[row])] for row in piece]))
+    found, units = means.take()
+    assert units.tolist() == [0, 5, UNCOUNTED, UNCOUNTED]
+    assert all(torch.equal(found[name][0], value[0]) for name, value in expected.items())
+
+
+def test_rows_of_a_user_must_all_be_there_and_those_that_are_not_finite_count_as_zero():
+    batch, users = batch_of(3), torch.tensor([0, UNCOUNTED, 0])
+    short, long = UnitMeans({0: 3}, 2), UnitMeans({0: 1}, 2)
+    short.add(batch, users)
+    with pytest.raises(ValueError, match="rows of a unit are missing"):
+        short.take()
+    with pytest.raises(ValueError, match="more rows in a step"):
+        long.add(batch, users)
+    name = next(iter(batch))
+    bad = {**batch, name: batch[name].clone()}
+    bad[name][0].view(-1)[0] = math.nan
+    means = UnitMeans({0: 2}, 2)
+    means.add(bad, users)
+    for key, value in means.take()[0].items():
+        assert torch.equal(value[0], bad[key][2].double() / 2) and not value[1].any()
+
+
 def test_users_are_averaged_and_kept_together():
     plan = plan_of("group", unit="user_uls", examples_per_user=3)
     batch, users = batch_of(5), torch.tensor([0, 1, 0, 1, 1])
     mechanism = Mechanism(plan, GROUPS, KEYS)
     with pytest.raises(ValueError, match="pass the unit"):
         mechanism.accumulate(batch)
-    mechanism.accumulate(batch, users)
+    mechanism.accumulate(*means_of(batch, users))
     with pytest.raises(ValueError, match="a unit comes twice"):
-        mechanism.accumulate(batch, torch.tensor([2, 1, 2, 2, 2]))
+        mechanism.accumulate(*means_of(batch, torch.tensor([2, 1, 2, 2, 2])))
     release = mechanism.release(0)
     means = {n: torch.stack([v[users == u].double().mean(dim=0) for u in (0, 1)]) for n, v in batch.items()}
     expected = run(plan_of("group"), [means])[1][0]
     assert_same_up_to_the_grid(release, expected)
     assert release.telemetry["NON_PRIVATE/batch_size"] == 2.0
-    mechanism.accumulate(batch, users)  # the next step may see the same users again
+    mechanism.accumulate(*means_of(batch, users))  # the next step may see the same users again
     assert mechanism.release(1).telemetry["NON_PRIVATE/batch_size"] == 2.0
 
 

@@ -180,7 +180,7 @@ def test_unknown_and_missing_keys_are_refused() -> None:
         ({"delta": 0.0}, "delta"),
         ({"delta": 1e-13}, "accountant resolves"),
         ({"delta": math.nan}, "delta"),
-        ({"noise_multiplier": 0.0}, "non_private"),
+        ({"noise_multiplier": 0.0}, "privacy=none"),
         ({"noise_multiplier": 0.01}, "noise_multiplier"),
         ({"noise_multiplier": math.nan}, "noise_multiplier"),
         ({"noise_multiplier": math.inf}, "noise_multiplier"),

@@ -32,7 +32,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {"config", "records", "runs", "sweeps", "report"},
 }
-LIGHT = ["config", "identity", "records", "sweeps", "runs.privacy", "runs.watch", "report", "installation"]
+LIGHT = [
+    "config",
+    "identity",
+    "records",
+    "sweeps",
+    "runs.privacy",
+    "runs.budget",
+    "runs.watch",
+    "report",
+    "installation",
+]
 LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection", "guarantee", "spent"]
 CHOICES = {"dptune.privacy.rules"} | {
     f"dptune.privacy.rules.{name}"

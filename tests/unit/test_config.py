@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from dptune.config.checks import from_values, strict, with_values
-from dptune.config.schema import Config, ConfigError, has_fixed_batches, noise_mode
+from dptune.config.schema import Config, ConfigError, noise_mode
 from dptune.identity import keep_local_key, run_id
 from dptune.sweeps.expand import without_hydra
 from dptune.sweeps.jobs import ROOT
@@ -61,20 +61,6 @@ def test_a_wrong_config_is_one_line_that_names_the_field(override: str, message:
     with pytest.raises(ConfigError, match=message) as caught:
         strict(tree(override))
     assert "\n" not in str(caught.value)
-
-
-def test_batches_have_one_shape_where_rounding_would_break_the_guarantee() -> None:
-    for override, private, expected in [
-        ("environment.seed=1", True, False),
-        ("environment.backbone_quantization=int8", True, False),
-        ("environment.precision=bfloat16", True, True),
-        ("environment.precision=bfloat16", False, False),
-        ("environment.batch_shape=fixed", True, True),
-        ("environment.batch_shape=fixed", False, True),
-    ]:
-        config = strict(tree(override))
-        config.privacy.enabled = private
-        assert has_fixed_batches(config) is expected
 
 
 def test_run_id_changes_with_numbers_only() -> None:

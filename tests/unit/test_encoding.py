@@ -2,15 +2,18 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from backbones_for_tests import tiny_llama
+from backbones_for_tests import layout_of, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import FLOAT32, assert_close_to_largest
 
 from dptune.data.batches import (
     IGNORED,
     InputFormat,
+    Ladder,
+    Shape,
     collate,
     example_losses,
     physical_batches,
@@ -44,14 +47,21 @@ def test_a_long_prompt_is_cut_from_the_left_and_a_long_response_from_the_right(t
     assert len(only.tokens) == 12 and only.response == 11
 
 
-def test_a_batch_is_padded_on_the_left(tokenizer) -> None:
+def test_a_batch_is_padded_on_the_right(tokenizer) -> None:
     rows = encode(PAIRS, tokenizer, 64)
     batch = collate(rows, LAYOUT)
     for index, row in enumerate(rows):
-        assert batch["input_ids"][index, -len(row.tokens) :].tolist() == list(row.tokens)
-        assert batch["attention_mask"][index].sum() == len(row.tokens)
+        assert batch["input_ids"][index, : len(row.tokens)].tolist() == list(row.tokens)
+        assert batch["input_ids"][index, len(row.tokens) :].eq(LAYOUT.pad).all()
         labels = batch["labels"][index]
         assert labels[labels != IGNORED].tolist() == list(row.tokens[-row.response :])
+        places = batch["label_positions"][index, : row.response] + 1
+        assert [row.tokens[place] for place in places.tolist()] == list(row.tokens[-row.response :])
+
+
+def test_the_first_token_of_all_is_not_predicted() -> None:
+    batch = collate([Encoded((4, 5, 6), 3)], LAYOUT)
+    assert batch["labels"].tolist() == [[5, 6, IGNORED]] and batch["label_positions"].tolist() == [[0, 1, 0]]
 
 
 def test_the_loss_is_the_mean_over_the_examples_own_response(tokenizer) -> None:
@@ -84,20 +94,32 @@ def test_log_probabilities_do_not_depend_on_the_rest_of_the_batch(tokenizer) -> 
 
 
 def test_physical_batches_cover_the_batch_once_short_rows_first() -> None:
-    rows = [Encoded(tuple(range(length)), 1) for length in (9, 2, 7, 3, 5)]
-    pieces = list(physical_batches(rows, np.arange(5), 2))
-    assert [piece.tolist() for piece in pieces] == [[1, 3], [4, 2], [0]]
-    assert list(physical_batches([], np.arange(0), 2)) == []
+    ladder = Ladder(40, 2, LAYOUT)
+    rows = [Encoded(tuple(range(length)), 1) for length in (39, 2, 17, 16, 5)]
+    pieces = list(physical_batches(rows, ladder))
+    assert [piece.positions.tolist() for piece in pieces] == [[1, 3], [4], [2], [0]]
+    assert [piece.shape for piece in pieces] == [Shape(16, 8, 2), Shape(16, 8, 2), Shape(24, 8, 2), Shape(40, 8, 1)]
+    assert list(physical_batches([], ladder)) == []
 
 
-def test_rows_of_one_unit_stay_in_one_physical_batch() -> None:
-    rows = [Encoded((1,) * length, 1) for length in (4, 1, 2, 3, 9)]
-    units = np.array([0, 1, 0, 1, 2])
-    pieces = [piece.tolist() for piece in physical_batches(rows, units, 3)]
-    assert sorted(item for piece in pieces for item in piece) == [0, 1, 2, 3, 4]
-    for piece in pieces:
-        for unit in set(units[piece].tolist()):
-            assert set(np.flatnonzero(units == unit).tolist()) <= set(piece)
+@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=30), out=st.integers(0, 29), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_shape_of_a_row_is_a_function_of_that_row(lengths: list[int], out: int, data: st.DataObject) -> None:
+    ladder = Ladder(60, 4, layout_of(data.draw(st.sampled_from(("llama", "bert", "t5")))))
+    rows = [Encoded((1,) * length, data.draw(st.integers(1, length - 1))) for length in lengths]
+
+    def shapes(some: list[Encoded]) -> list[Shape]:
+        pieces = list(physical_batches(some, ladder))
+        assert {piece.shape for piece in pieces} <= set(ladder.shapes)
+        for piece in pieces:
+            taken = [some[at] for at in piece.positions]
+            assert all(len(value) == piece.shape.rows for value in collate(taken, ladder.layout, piece.shape).values())
+        found = {int(at): piece.shape for piece in pieces for at in piece.positions}
+        return [found[at] for at in range(len(some))]
+
+    out %= len(rows)
+    everyone = shapes(rows)
+    assert [*everyone[:out], *everyone[out + 1 :]] == shapes([*rows[:out], *rows[out + 1 :]])
 
 
 @pytest.mark.parametrize("name", ["loss-mask", "loss-empty"])
@@ -112,6 +134,7 @@ def test_the_loss_equals_its_reference_vector(name: str) -> None:
     batch = {
         "input_ids": torch.zeros(1, len(mask) + 1, dtype=torch.long),
         "labels": torch.where(mask, 0, IGNORED)[None],
+        "label_positions": torch.arange(len(mask))[None],
     }
     found = example_losses(lambda **_: SimpleNamespace(logits=logits), batch)
     assert_close_to_largest(found[0], vector["expected"], FLOAT32)

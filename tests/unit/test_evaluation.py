@@ -5,11 +5,11 @@ import torch
 from backbones_for_tests import layout_of, tiny_gpt2, tiny_llama, tiny_t5
 from numerics import FLOAT32, assert_close_to_largest
 
-from dptune.data.batches import InputFormat
+from dptune.data.batches import InputFormat, Ladder
 from dptune.data.encoding import encode
 from dptune.data.schema import Example
 from dptune.data.templates import plain as prompt
-from dptune.evaluation import Answer, Written, evaluate, evaluated_examples, greedy, metrics_of, normalised
+from dptune.evaluation import Answer, Evaluator, Written, evaluated_examples, metrics_of, normalised
 
 pytestmark = pytest.mark.numerical
 
@@ -30,9 +30,11 @@ EXAMPLES = [
 
 
 def judged_by(model, tokenizer, examples, seen, batch_size: int = 4, layout: InputFormat = LAYOUT):
-    return evaluate(
-        model, tokenizer, examples, seen, layout=layout, sequence_length=64, batch_size=batch_size, max_new_tokens=8
-    )
+    return Evaluator(tokenizer, Ladder(64, batch_size, layout), 8)(model, examples, seen)
+
+
+def greedy(model, tokenizer, examples, layout: InputFormat, longest: int, batch_size: int, most: int) -> list[str]:
+    return Evaluator(tokenizer, Ladder(longest, batch_size, layout), most).outputs(model, examples)
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def test_free_form_answers_match_after_normalisation(tokenizer, monkeypatch: pyt
     from dptune import evaluation
 
     for output, expected in [(" 12.", True), ("12\n", True), ("1 2", False), ("", False)]:
-        monkeypatch.setattr(evaluation, "greedy", lambda *_, output=output: [output])
+        monkeypatch.setattr(evaluation.Evaluator, "outputs", lambda *_, output=output: [output])
         found, _ = judged_by(tiny_llama().eval(), tokenizer, EXAMPLES[2:], ())
         assert found[0].correct is expected
     assert normalised("  Two  Words. ") == "two words"

@@ -9,7 +9,7 @@ from backbones_for_tests import tiny_llama
 from numerics import assert_close_to_largest, differs
 
 from dptune.config.schema import AdapterConfig, EnvironmentConfig, HyperparameterConfig
-from dptune.data.batches import InputFormat, collate, example_losses
+from dptune.data.batches import InputFormat, Ladder, collate, example_losses
 from dptune.data.encoding import encode
 from dptune.models import adapters
 from dptune.privacy.engines import ENGINES
@@ -17,7 +17,7 @@ from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.sampling import Batch
 from dptune.privacy.streams import KeyRing, Purpose
-from dptune.training.loop import train
+from dptune.training.loop import Batches, PrivatePath, train
 from dptune.training.optimizers import IterateAverage, learning_rate_factor, make_optimizer, update
 from dptune.training.projection import FullSpace, HistorySubspace
 
@@ -72,16 +72,11 @@ def run_shared(plan, tokenizer, *, engine: str = "opacus", physical: int = 3, **
     steps = list(
         train(
             parameters,
-            rows,
-            sampler=Scripted(),
-            engine=ENGINES[engine](model, example_losses),
-            mechanism=Mechanism(plan, groups, KEYS),
+            Batches(rows, Scripted(), Ladder(96, physical, InputFormat(pad=0)), "cpu"),
+            PrivatePath(ENGINES[engine](model, example_losses), FullSpace(groups), Mechanism(plan, groups, KEYS)),
             groups=groups,
-            projection=FullSpace(groups),
             hyperparameter=HYPER,
             environment=EnvironmentConfig(**environment),
-            layout=InputFormat(pad=0),
-            physical_batch_size=physical,
         )
     )
     return parameters, steps

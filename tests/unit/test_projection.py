@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dptune.config.checks import strict
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import InputFormat
+from dptune.data.batches import InputFormat, Ladder
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.events import Event
@@ -66,18 +66,17 @@ def same(one: ReparametrizedGradients, other: ReparametrizedGradients) -> bool:
         ("history", HistorySubspace, []),
         ("rgp", ReparametrizedGradients, []),
         ("public", FixedSubspace, list(range(100, 108))),
-        ("private", FixedSubspace, list(range(7))),
+        ("private", FixedSubspace, list(range(1, 8))),
     ],
 )
 def test_each_projection_sees_the_data_that_it_may(name: str, kind: type, seen: list[int]) -> None:
     config = Config()
     config.privacy.projection, config.privacy.projection_dimension = name, 2
-    config.compute.physical_batch_size = 3
     tokens = []
 
     def engine(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         first = batch["input_ids"][:, 0].tolist()
-        tokens.extend(first)
+        tokens.extend(token for token in first if token)  # the others fill the batch up
         return torch.zeros(len(first)), gradients(sum(first), len(first))
 
     projection = make_projection(
@@ -86,9 +85,9 @@ def test_each_projection_sees_the_data_that_it_may(name: str, kind: type, seen: 
         plan=dataclasses.replace(PLAN, one_shot=(Event(2.0, 1.0),) if name == "private" else ()),
         keys=KEYS,
         engine=engine,
-        private_rows=[Encoded((row, 1, 2), 1) for row in range(7)],
+        private_rows=[Encoded((row, 1, 2), 1) for row in range(1, 8)],
         public_rows=lambda: [Encoded((row, 1, 2), 1) for row in range(100, 120)],
-        layout=InputFormat(pad=0),
+        ladder=Ladder(96, 3, InputFormat(pad=0)),
     )
     assert type(projection) is kind
     assert sorted(tokens) == seen

@@ -13,7 +13,7 @@ from dptune.models.adapters import set_modes
 from dptune.models.soft_prompts import attach_soft_prompt
 from dptune.privacy.engines import ENGINES, checked_engine
 from dptune.privacy.gradients import EngineError, trainable_parameters
-from dptune.runs.setup import made_up_rows
+from dptune.runs.engine import made_up_rows
 
 pytestmark = pytest.mark.numerical
 
@@ -76,13 +76,13 @@ def test_opacus_on_pefts_own_forward_pass_has_one_row_for_all_records(tokenizer)
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
-def test_pefts_own_forward_pass_is_refused_because_padding_leaks_between_records(kind: str, tokenizer) -> None:
-    """Even the loop is wrong there: a record's gradient depends on how long its batch mates are."""
+def test_pefts_own_forward_pass_is_refused_because_all_rows_share_one_prompt(kind: str, tokenizer) -> None:
+    """Of a prompt that is made once for all rows, the hooks see one row."""
     rows = made_up_rows(len(tokenizer), (7, 9, 5))
     changed = [*rows[:-1], made_up_rows(len(tokenizer), (7, 9, 5), shift=101)[-1]]
-    batches = [collate([row], LAYOUT) for row in rows], collate(rows, LAYOUT), collate(changed, LAYOUT)
-    with pytest.raises(EngineError, match="depends on how long the other records"):
-        checked_engine("loop", attached(kind, get_peft_model), forgetful, *batches)
+    batches = collate(rows, LAYOUT), collate(changed, LAYOUT)
+    with pytest.raises(EngineError, match="is not used once for each row"):
+        checked_engine("hooks", attached(kind, get_peft_model), forgetful, *batches)
     checked_engine("hooks", attached(kind), example_losses, *batches)
 
 
@@ -112,3 +112,21 @@ def test_generation_does_not_depend_on_padding(tokenizer) -> None:
             input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row)).long(), **settings
         )
         assert single[0, len(row) :].tolist() == written.tolist()
+
+
+def test_generation_has_its_padding_before_the_prompt(tokenizer) -> None:
+    """A window that slides would otherwise have lost the prompt before a short text begins."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    backbone = MistralForCausalLM(
+        MistralConfig(vocab_size=300, num_key_value_heads=2, sliding_window=6, pad_token_id=0, **settings)
+    )
+    model = attach_soft_prompt(backbone.requires_grad_(False).eval(), CONFIGS["prompt"]()).eval()
+    row = [20, 21, 22]
+    greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    alone = model.generate(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, 3).long(), **greedy)[0, 3:]
+    padded = torch.tensor([[0] * 20 + row, list(range(30, 53))])
+    mask = torch.tensor([[0] * 20 + [1] * 3, [1] * 23])
+    assert model.generate(input_ids=padded, attention_mask=mask, **greedy)[0, 23:].tolist() == alone.tolist()

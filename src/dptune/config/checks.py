@@ -23,6 +23,7 @@ from omegaconf.errors import (
 
 from dptune.config.adapters import ADAPTERS
 from dptune.config.files import data_files
+from dptune.config.ranges import OF_INTEGERS, OF_NUMBERS, RANGES, SMALLEST_STABILITY
 from dptune.config.schema import (
     EMBEDDED,
     EMBEDDED_DATA,
@@ -117,6 +118,10 @@ def _errors_for_people(name: str | None = None) -> Iterator[None]:
         raise ConfigError(unknown_key(name or str(error.full_key))) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name or error.full_key}: {_first_line(error)}") from None
+    except OverflowError as error:  # An integer of hundreds of digits where a number is wanted.
+        where = re.search(r"full_key: (\S+)", str(error))
+        key = name or (where[1] if where else "the config")
+        raise ConfigError(f"{key}: the number is too large; take one below {OF_NUMBERS.most:g}") from None
 
 
 def _checked(config: Config) -> Config:
@@ -166,6 +171,8 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 def _check_fields(config: Config) -> None:
     for name, item, value in _leaves(config):
         rules = item.metadata
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_size(name, value)
         if value is None or not rules:
             continue
         choices = rules.get("choices")
@@ -175,6 +182,19 @@ def _check_fields(config: Config) -> None:
             raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
         if choices is None:
             _check_bounds(name, value, rules)
+            _check_range(name, value)
+
+
+def _check_size(name: str, value: float) -> None:
+    """What is too large to be compared, or to be written in a message."""
+    if isinstance(value, int) and abs(value) > 2**63:
+        raise ConfigError(f"{name}: an integer of {len(str(abs(value)))} digits is too large; take one below 2**63")
+
+
+def _check_range(name: str, value: float) -> None:
+    fitting = RANGES.get(name, OF_INTEGERS if isinstance(value, int) else OF_NUMBERS)
+    if not fitting.least <= value <= fitting.most:
+        raise ConfigError(f"{name}={value:g} must lie between {fitting.least:g} and {fitting.most:g}: {fitting.why}")
 
 
 def _check_bounds(name: str, value: float, bounds: Mapping[str, float]) -> None:
@@ -200,9 +220,19 @@ def _check_together(config: Config) -> None:
                     f"privacy.{name}={getattr(privacy, name):g} with privacy=none: a non-private run has no epsilon; "
                     f"take another privacy=... or leave privacy.{name} out"
                 )
+        if privacy.budget is not None:
+            raise ConfigError(
+                f"privacy.budget={privacy.budget:g} with privacy=none: a non-private run has no epsilon that a budget "
+                "could hold; leave it out"
+            )
     elif (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
         raise ConfigError(
             "give exactly one of privacy.target_epsilon and privacy.noise_multiplier (set the other to null)"
+        )
+    if privacy.projection == "private" and not privacy.enabled:
+        raise ConfigError(
+            "privacy.projection=private with privacy=none: nothing pays for a subspace of private gradients; use "
+            "projection=history or leave it out"
         )
     if (privacy.projection == "private") != (privacy.projection_noise_multiplier is not None):
         raise ConfigError(
@@ -212,6 +242,16 @@ def _check_together(config: Config) -> None:
     if privacy.projection == "public" and data.name not in EMBEDDED_DATA:
         raise ConfigError(
             f"privacy.projection=public needs public data, which only data={', '.join(EMBEDDED_DATA)} has; use history"
+        )
+    if privacy.projection == "public" and data.organisation == "dev":
+        raise ConfigError(
+            "privacy.projection=public takes its gradients from the support desk's dev, which data.organisation=dev "
+            "protects: public data must be other data; set data.organisation=private, or use history"
+        )
+    if privacy.unit != "example" and data.layout == "messages" and data.columns.user != "message_tree_id":
+        raise ConfigError(
+            f"privacy.unit={privacy.unit} with data.layout=messages: an example has the words of two users, and one of "
+            "them would not be protected; set data.columns.user=message_tree_id, so that a conversation is the unit"
         )
     if privacy.projection != "none" and (
         config.environment.optimizer == "dp_adam_bc" or config.environment.shrinkage != "none"
@@ -230,6 +270,17 @@ def _check_together(config: Config) -> None:
         )
     if privacy.score_noise_multiplier is not None:
         _check_score(config)
+    if privacy.budget is not None and is_public(data):
+        raise ConfigError(
+            f"privacy.budget={privacy.budget:g}: public data have no budget and are not booked; leave it out"
+        )
+    least = SMALLEST_STABILITY * hyper.max_grad_norm
+    if privacy.enabled and privacy.clipping in ("auto_s", "psac") and privacy.clipping_stability < least:
+        raise ConfigError(
+            f"privacy.clipping_stability={privacy.clipping_stability:g} with privacy.clipping={privacy.clipping} would "
+            f"let rounding count for a gradient; take at least {least:g}, {SMALLEST_STABILITY:g} of "
+            "hyperparameter.max_grad_norm"
+        )
     _check_permissions(config)
     check_adapter(config.adapter, config.environment)
     _check_data(data)
@@ -315,7 +366,7 @@ def _check_permissions(config: Config) -> None:
 
 def _check_score(config: Config) -> None:
     """Raises ConfigError where the proof for the score does not hold (SPECIFICATION.md 8.2)."""
-    privacy, data = config.privacy, config.data
+    privacy = config.privacy
     given = f"privacy.score_noise_multiplier={privacy.score_noise_multiplier:g}"
     if not privacy.enabled:
         raise ConfigError(f"{given} with privacy=none: a non-private run cannot be chosen privately; leave it out")
@@ -323,11 +374,6 @@ def _check_score(config: Config) -> None:
         raise ConfigError(
             f"{given} with privacy.unit={privacy.unit}: one user may change many answers; set privacy.unit=example, "
             "or leave the score out"
-        )
-    if data.on_bad == "skip" and (data.split_by == "user" or data.columns.id is not None):
-        raise ConfigError(
-            f"{given} with data.on_bad=skip: whether a record is kept may depend on others of its user or id; "
-            "set data.on_bad=error"
         )
 
 
@@ -348,3 +394,10 @@ def _check_data(data: DataConfig) -> None:
             raise ConfigError("data.task_weights must have one number for each of data.tasks; give both or neither")
         if not all(0 < weight < math.inf for weight in data.task_weights):
             raise ConfigError("data.task_weights must be above 0 and finite; leave a task out with data.tasks")
+    if data.declared_task_sizes is not None:
+        if len(data.declared_task_sizes) != len(data.tasks or ()) or min(data.declared_task_sizes) < 1:
+            raise ConfigError(
+                "data.declared_task_sizes must have one number of at least 1 for each of data.tasks; give both or none"
+            )
+        if data.declared_size is not None:
+            raise ConfigError("data.declared_size is the sum of data.declared_task_sizes; leave one of them out")

@@ -102,6 +102,10 @@ class PrivacyConfig:
     """Instead of a target epsilon: noise standard deviation over sensitivity, as is."""
     delta: float = _number(1e-5, above=0, below=1)
     """Fixed before training; must be below one over the number of protected units."""
+    budget: float | None = _number(None, above=0)
+    """Most epsilon, at `delta`, of all runs on the same private data together, on this machine (SPECIFICATION.md 8.3).
+    A run that would exceed it is refused. Null: this run names no limit; what it costs is booked all the same.
+    `dptune budget` shows the account."""
     examples_per_user: int | None = _number(None, least=1)
     """User-level only: ELS keeps at most this many examples of a user, ULS averages at most this many."""
     clipping: str = _one_of(*CLIPPINGS, default="scaled_flat")
@@ -200,7 +204,8 @@ class DataConfig:
     """Options of every record that has none of its own."""
     layout: str = _one_of("records", "messages")
     """`records`: a row is an example. `messages`: a row is a message of a conversation tree, as in oasst1, and each
-    reply of an assistant is an example. Its user is the author of the reply, not of the message before it."""
+    reply of an assistant is an example. Two people wrote it, so that a user-level unit must be the whole conversation:
+    `data.columns.user=message_tree_id`."""
     splits: list[str] | None = None
     """Pairs `source:ours` from the source's names of splits to `train`, `validation`, `test`, or `hash` to split them
     here, as in `[train:train, dev:test]`; what is not named is left out. Null: the source's names are ours."""
@@ -221,7 +226,15 @@ class DataConfig:
     seed: int = _number(0, least=0)
     """Seed of the generated records, of subsets and of conditions; not of training."""
     train_size: int | None = _number(4000, least=1)
-    """Number of training records kept (null: all). It is treated as public, and it bounds the memory of reading."""
+    """Number of training records kept (null: all), on average: of n, each is kept with probability `train_size` / n by
+    a hash of its content. n is the number that is counted in public data, else `declared_size`."""
+    declared_size: int | None = _number(None, least=1)
+    """Public number of training records of the source, stated by you before reading it and not counted; the plan's N
+    follows from it and not from the file. Null: N is counted, and is treated as public."""
+    declared_task_sizes: list[int] | None = None
+    """The same for each of `tasks`, in their order: what `task_weights` need on private data."""
+    declared_users: int | None = _number(None, least=1)
+    """Public number of training users, stated by you: the plan's N with `privacy.unit=user_uls`."""
     validation_size: int | None = _number(400, least=1)
     """Number of validation records kept (null: all)."""
     test_size: int | None = _number(800, least=1)
@@ -229,15 +242,16 @@ class DataConfig:
     tasks: list[str] | None = None
     """Keep these tasks only (null: all)."""
     task_weights: list[float] | None = None
-    """Proportions among the training records of `tasks`, in their order: training records are left out until they hold.
-    Names and numbers of records of the tasks are treated as public. Null: as they are."""
+    """Proportions among the training records of `tasks`, in their order: training records are left out until they hold
+    on average, each by a hash of its content. Private data needs `declared_task_sizes`. Null: as they are."""
     template: str = _one_of("plain", "chat")
     """Prompt: one plain form for all backbones, or the chat template of the backbone's tokenizer."""
     on_long: str = _one_of("truncate", "error")
     """A record with more than `environment.sequence_length` tokens is cut by a public rule, or is a bad record."""
     on_bad: str = _one_of("error", "skip")
-    """A bad record stops the run with its file, line and field, or is left out and listed for the person at the
-    terminal. The list is not paid for by any epsilon: it must not be published."""
+    """A record that is bad by itself stops the run with its file, line and field, or is left out and listed for the
+    person at the terminal. What is listed is not private: it must not be published. What is wrong with several records
+    together, or with the rest of a file, stops the run in any case."""
 
 
 @dataclass
@@ -282,17 +296,12 @@ class EnvironmentConfig:
     """The weights of the frozen linear layers, except for the output head, are rounded once: to 8 bits with a scale for
     each output, or to 4-bit NormalFloat with a scale for each 64 weights (arXiv:2305.14314). Products with them are
     computed in `precision`. Saves memory, not time."""
-    batch_shape: str = _one_of("auto", "fixed")
-    """`fixed`: every physical batch has `compute.physical_batch_size` rows and room for `sequence_length` tokens, so
-    that a row's gradient is the same to the last bit whatever the other rows are, which is checked before training.
-    `auto`: fixed for a private run whose backbone is not in float32, where the rounding of other rows' gradients would
-    otherwise break the guarantee (SPECIFICATION.md 10.3); else as long as the longest row, which is faster."""
     sequence_length: int = _number(96, least=8)
     """Most tokens of an example. A longer one loses the beginning of its prompt, by this public rule."""
     engine: str = _one_of("auto", "hooks", "functional", "opacus", "loop")
     """How per-example gradients are computed: our own hooks, torch.func layer by layer, Opacus, or one backward pass an
     example (`loop`); `auto` takes the fastest that is right for the adapter and the backbone. Whichever it is, it is
-    compared with `loop` before training starts."""
+    compared with `loop` before training starts, and `auto` takes the next one when it is wrong."""
 
 
 @dataclass
@@ -310,28 +319,29 @@ class DataSensitivityConfig:
     """Conditions of the data.
 
     `unseen_instructions` and what begins with `test_` change the test split only, all others the training split only.
-    What happens to a record depends on it and on `data.seed` alone (under `train_fraction` on its place too).
+    What happens to a record depends on it, on `data.seed` and on public names of tasks alone.
     """
 
     name: str = "clean"
     """Label of the condition."""
     train_fraction: float = _number(1.0, above=0, most=1)
-    """Share of the training records that is kept."""
+    """Share of the training records that is kept, on average, by a hash of their content."""
     label_noise: float = _number(0.0, least=0, most=1)
     """Share of the training records with options whose answer is replaced by another option."""
     class_imbalance: float = _number(1.0, least=1)
     """Of records with options: how much more often the most frequent answer is kept than the rarest. The shares between
     fall exponentially (arXiv:1901.05555)."""
     task_imbalance: float = _number(1.0, least=1)
-    """How much more often records of the most frequent task are kept than of the rarest, in the same way."""
+    """How much more often records of the most frequent task are kept than of the rarest, in the same way. Private data
+    needs `data.tasks`, the names of the tasks in public."""
     user_tail: float = _number(0.0, least=0)
     """Exponent s of a long tail of users: a tenth of them keep all their records, the user at share u > 0.1 of a public
     random order keeps each with probability (0.1 / u)^s."""
     instruction_perturbation: float = _number(0.0, least=0, most=1)
     """Share of the training records whose instruction has a typo, other case, other order or a synonym."""
     duplicates: float = _number(0.0, least=0, most=1)
-    """Share of the training records that occur twice. The guarantee is for one copy: a person whose record
-    occurs twice is two examples, and needs the user as the unit of privacy."""
+    """Share of the training records that occur twice. The guarantee is for a record with its copy, which costs more
+    than for one row (SPECIFICATION.md 7.5)."""
     unseen_instructions: float = _number(0.0, least=0, most=1)
     """Share of the test records whose instruction has a wording that no training record has."""
     test_class_shift: float = _number(1.0, least=1)
@@ -372,10 +382,11 @@ class ComputeConfig:
     """A torch device."""
     threads: int = _number(1, least=1)
     """Threads of one run; one is best when several runs share the machine."""
-    physical_batch_size: int = _number(32, least=1)
-    """Examples in one forward pass; the logical batch is cut into such pieces, sorted by length."""
-    evaluation_batch_size: int = _number(512, least=1)
-    """Sequences in one forward pass of the evaluation."""
+    physical_batch_size: int = _number(24, least=1)
+    """Examples of up to 32 tokens in one forward pass; longer ones come in fewer, so that the tokens stay about the
+    same. The logical batch is cut into such pieces, of public shapes (SPECIFICATION.md 10.3)."""
+    evaluation_batch_size: int = _number(64, least=1)
+    """The same for the forward passes of the evaluation."""
     cache_dir: str = ".cache"
     """Folder of what is made once and shared by runs, such as a dequantised GGUF file."""
     output_root: str = "outputs"
@@ -411,12 +422,6 @@ def noise_mode(config: Config) -> NoiseMode:
     if config.privacy.noise_mode == "auto":
         return "reproducible" if is_published(config.data) else "secure"
     return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
-
-
-def has_fixed_batches(config: Config) -> bool:
-    """Whether every physical batch has one public shape."""
-    reduced = config.environment.precision != "float32"
-    return config.environment.batch_shape == "fixed" or (config.privacy.enabled and reduced)
 
 
 def is_public(data: DataConfig) -> bool:

@@ -1,12 +1,10 @@
-"""Conditions of the data, as `data_sensitivity` names them. What happens to a record depends on it and a public seed.
-
-Only `scarce` looks at a record's place as well. Sizes that result are treated as public.
-"""
+"""Conditions of the data, as `data_sensitivity` names them. What happens to a record depends on it alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from dptune.config.schema import ConfigError, DataSensitivityConfig
@@ -17,13 +15,21 @@ HEAVY_USERS = 0.1
 """Share of the users whose records are all kept under `user_tail`."""
 
 
-def apply_to_training(examples: Sequence[Example], condition: DataSensitivityConfig, seed: int) -> list[Example]:
+def apply_to_training(
+    examples: Sequence[Example], condition: DataSensitivityConfig, seed: int, names: Sequence[str] | None = None
+) -> list[Example]:
     """The training examples under a condition.
+
+    Args:
+        examples: the training split.
+        condition: the condition.
+        seed: decides which records change.
+        names: public names of the tasks; None takes those that the examples have.
 
     Raises:
         ConfigError: when the condition is about users and a record has none.
     """
-    tasks = sorted({example.task for example in examples}, key=lambda task: uniform(seed, "task order", task))
+    tasks = sorted(names or {example.task for example in examples}, key=lambda task: uniform(seed, "task order", task))
     ranks = {task: rank for rank, task in enumerate(tasks)}
     kept = [
         example
@@ -41,11 +47,7 @@ def apply_to_training(examples: Sequence[Example], condition: DataSensitivityCon
         else example
         for example in kept
     ]
-    return [
-        copy
-        for example in kept
-        for copy in [example] * (1 if chosen(example, condition.duplicates, "duplicated", seed) is None else 2)
-    ]
+    return [copy for example in kept for copy in twice(example, condition.duplicates, seed)]
 
 
 def apply_to_test(
@@ -84,10 +86,22 @@ def chosen(example: Example, share: float, purpose: str, seed: int) -> float | N
 
 
 def scarce(examples: Sequence[Example], fraction: float, seed: int) -> list[Example]:
-    """A share of the examples, in their order; the number kept is exact and public."""
-    size = int(len(examples) * fraction)
-    keys = [uniform(seed, "scarce", str(place)) for place in range(len(examples))]
-    return [examples[place] for place in sorted(sorted(range(len(examples)), key=keys.__getitem__)[:size])]
+    """A share of the examples, on average, in their order: of equal ones the first, the second ... for its own sake."""
+    if fraction == 1:
+        return list(examples)
+    kept, before = list[Example](), Counter[tuple[str, ...]]()
+    for example in examples:
+        # All that can tell two records apart: were it less, one of two like records would move the other's number.
+        whole = (*content(example), repr(example.options), repr(example.user))
+        if uniform(seed, "scarce", str(before[whole]), *whole) < fraction:
+            kept.append(example)
+        before[whole] += 1
+    return kept
+
+
+def twice(example: Example, share: float, seed: int) -> list[Example]:
+    """With probability `share` the example and its copy, else the example alone."""
+    return [example] * (1 if chosen(example, share, "duplicated", seed) is None else 2)
 
 
 def with_label_noise(example: Example, share: float, seed: int) -> Example:

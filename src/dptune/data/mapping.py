@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from dptune.config.schema import SPLITS, ColumnsConfig, DataConfig, split_names
@@ -15,10 +18,31 @@ from dptune.data.readers import Row
 from dptune.data.schema import Example
 
 _HOLE = re.compile(r"\{([^{}]+)\}")
+_WHOLE = re.compile(r"^(-?(?:0|[1-9][0-9]*))\.0+$")
 
 
 class BadRecord(ValueError):
     """What is wrong with a record, beginning with its field; a row of a data file that makes no example."""
+
+
+_NO_USER = frozenset(("", "nan", "NaN", "NAN", "NaT", "None", "null", "NULL", "<NA>"))
+"""What programs write where there is no value."""
+
+
+def user_name(value: Any) -> str | None:
+    """The one name of a user, however a source writes it; None where it says nothing.
+
+    A number is the same as text and as another type of number (7, 7.0, "7.0"), a letter the same however it is composed
+    (Unicode NFKC), and spaces at the ends and invisible characters count for nothing. "007" is not 7: it is a code.
+    """
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            return None
+        value = int(value) if value == int(value) else value
+    text = "".join(letter for letter in str("" if value is None else value) if unicodedata.category(letter) != "Cf")
+    text = unicodedata.normalize("NFKC", " ".join(unicodedata.normalize("NFKC", text).split()))
+    text = _WHOLE.sub(r"\1", text)
+    return None if text in _NO_USER else "0" if text == "-0" else text
 
 
 class ColumnMapping:
@@ -59,8 +83,7 @@ class ColumnMapping:
         options = self._options_of(row)
         output = self._output(row, options)
         body = _text(row, columns.input, "input") or ""
-        user = _value(row, columns.user)
-        user = None if user is None or user == "" else sys.intern(str(user))
+        user = _user(row, columns.user)
         return Example(
             # Task, instruction and user are the same for many records: keep one text of each.
             task=sys.intern(_text(row, columns.task, "task") or "instructions"),
@@ -68,7 +91,7 @@ class ColumnMapping:
             input=body,
             options=options,
             output=output,
-            user=user,
+            user=None if user is None else sys.intern(user),
             split=self._hashed(instruction, body, output, user) if named in (None, "hash") else str(named),
         )
 
@@ -164,6 +187,15 @@ def _value(row: Row, column: str) -> Any:
         return str(value)
 
     return _HOLE.sub(fill, column[1:]) or None
+
+
+def _user(row: Row, column: str) -> str | None:
+    """Name of the user; of a text with fields, each field is a name, and nobody if one of them is."""
+    value = _value(row, column)
+    if column.startswith("="):
+        parts = {name: user_name(row.get(name)) for name in _HOLE.findall(column)}
+        value = None if None in parts.values() else _HOLE.sub(lambda hole: str(parts[hole[1]]), column[1:])
+    return user_name(value)
 
 
 def _text(row: Row, column: str, role: str) -> str | None:

@@ -1,7 +1,7 @@
 """From files and the Hub to rows, one at a time, so that memory does not grow with the file. No torch here.
 
-A reader yields each row with its place ("line 3"), or a `Fault` in place of what cannot be read; a fault that says
-"after" is the last thing that it yields.
+A reader yields each row with its place ("line 3"), or a `Fault` in place of what cannot be read. A fault that is more
+than one row's own, such as the end of what can be read, is marked as one that stops the run (SPECIFICATION.md 1.8).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,8 @@ class Fault:
     """What is wrong with a row, or with the rest of a file."""
 
     message: str
+    stops: bool = False
+    """It decides on other rows too: leaving it out would not be leaving out one record."""
 
 
 Row = dict[str, Any]
@@ -75,7 +77,9 @@ def _files(data: DataConfig) -> Iterator[Part]:
         # A folder may have one file a split: train.jsonl, test.jsonl.
         stem = file.name.partition(".")[0]
         split = stem if len(known) > 1 and stem in split_names(data) else None
-        yield Part(str(file), split, READERS[_kind(file)](file))
+        kind = _kind(file)
+        by_line = {"by_line": True} if kind in (".csv", ".tsv") and data.on_bad == "skip" else {}
+        yield Part(str(file), split, READERS[kind](file, **by_line))
 
 
 def _kind(path: Path) -> str:
@@ -97,7 +101,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str] | Fault]:
                 except UnicodeDecodeError as error:
                     yield Fault(f"line {number} is not UTF-8 (byte {error.start + 1} of it); convert the file")
     except _UNREADABLE as error:
-        yield Fault(f"not readable after line {number} ({error})")
+        yield Fault(f"not readable after line {number} ({error})", stops=True)
 
 
 def _jsonl(path: Path) -> Items:
@@ -111,7 +115,7 @@ def _jsonl(path: Path) -> Items:
 def _json_row(place: str, text: str) -> tuple[str, Row] | Fault:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Fault(f"{place} is not JSON ({error})")
     return (place, row) if isinstance(row, dict) else Fault(f"{place} is not a JSON object")
 
@@ -125,7 +129,7 @@ def _json(path: Path) -> Items:
             chunks = codecs.iterdecode(iter(lambda: stream.read(size), b""), "utf-8-sig")
             text = next(chunks, "").lstrip()
             if not text.startswith("["):
-                yield Fault("not an array of JSON objects; give one object a line the ending .jsonl")
+                yield Fault("not an array of JSON objects; give one object a line the ending .jsonl", stops=True)
                 return
             at = 1
             while True:
@@ -137,7 +141,7 @@ def _json(path: Path) -> Items:
                 except json.JSONDecodeError as error:
                     more = next(chunks, "")
                     if not more or len(text) - at > _LONGEST_RECORD:
-                        yield Fault(f"record {number + 1} is not JSON ({error.msg}); not readable after it")
+                        yield Fault(f"record {number + 1} is not JSON ({error.msg}); not readable after it", stops=True)
                         return
                     text, at, size = text[at:] + more, 0, 2 * size
                     continue
@@ -147,9 +151,11 @@ def _json(path: Path) -> Items:
                 else:
                     yield Fault(f"record {number} is not a JSON object")
     except UnicodeDecodeError:
-        yield Fault(f"not UTF-8 after record {number}; convert the file")
+        yield Fault(f"not UTF-8 after record {number}; convert the file", stops=True)
+    except RecursionError:
+        yield Fault(f"record {number + 1} is nested too deeply; not readable after it", stops=True)
     except _UNREADABLE as error:
-        yield Fault(f"not readable after record {number} ({error})")
+        yield Fault(f"not readable after record {number} ({error})", stops=True)
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
@@ -157,15 +163,19 @@ def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def _csv(path: Path) -> Items:
-    """A header and rows of as many fields; an empty cell is the empty text."""
+def _csv(path: Path, *, by_line: bool = False) -> Items:
+    """A header and rows of as many fields; an empty cell is the empty text.
+
+    With `by_line` no row may run over lines: where bad rows are left out, a stray quote would decide on the rows up to
+    the next quote, of whomever they are.
+    """
     faults: list[Fault] = []
 
     def lines() -> Iterator[str]:
         for line in _lines(path):
             if isinstance(line, Fault):
                 # A quoted field may hold the line break, so that rows cannot be told apart any more.
-                faults.append(line)
+                faults.append(replace(line, stops=True))
                 return
             yield line[1]
 
@@ -173,16 +183,20 @@ def _csv(path: Path) -> Items:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            yield Fault("line 1 names a field twice; no row can be read after it")
+            yield Fault("line 1 names a field twice; no row can be read after it", stops=True)
             return
+        before = reader.line_num
         for values in reader:
-            place = f"line {reader.line_num}"
+            place, first, before = f"line {reader.line_num}", before + 1, reader.line_num
+            if by_line and before > first:
+                yield Fault(f"{place} ends a quoted field that begins in line {first}; write JSON lines", stops=True)
+                return
             if values and len(values) != len(header):
                 yield Fault(f"{place} has {len(values)} fields but the header has {len(header)}")
             elif values:
                 yield place, dict(zip(header, values, strict=True))
     except csv.Error as error:
-        yield Fault(f"line {reader.line_num} is not CSV ({error}); not readable after it")
+        yield Fault(f"line {reader.line_num} is not CSV ({error}); not readable after it", stops=True)
     yield from faults
 
 
@@ -200,10 +214,10 @@ def _parquet(path: Path) -> Items:
                     number += 1
                     yield f"row {number}", row
     except (OSError, pyarrow.ArrowException) as error:
-        yield Fault(f"not readable after row {number} ({_one_line(error)})")
+        yield Fault(f"not readable after row {number} ({_one_line(error)})", stops=True)
 
 
-READERS: dict[str, Callable[[Path], Items]] = {
+READERS: dict[str, Callable[..., Items]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
@@ -275,7 +289,7 @@ def messages(items: Items) -> Items:
         if row["parent_id"] in said:
             yield place, {**row, "instruction": said[row["parent_id"]], "output": row["text"]}
         else:
-            yield Fault(f"{place}: field 'parent_id' names no message that stands before it in its tree")
+            yield Fault(f"{place}: field 'parent_id' names no message that stands before it in its tree", stops=True)
 
 
 LAYOUTS: dict[str, Callable[[Items], Items]] = {"records": lambda items: items, "messages": messages}

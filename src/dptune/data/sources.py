@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
-from dptune.config.schema import SPLITS, Config, DataConfig, has_plain_hashes, is_open
+from dptune.config.schema import SPLITS, Config, ConfigError, DataConfig, has_plain_hashes, is_open
 from dptune.data.conditions import apply_to_test, apply_to_training
 from dptune.data.mapping import BadRecord, ColumnMapping
 from dptune.data.readers import LAYOUTS, DataError, Fault, parts
 from dptune.data.schema import Example
-from dptune.data.subsets import Mixture, Smallest
+from dptune.data.stability import declared_records, stability_of
+from dptune.data.subsets import Mixture, Share, Smallest
 from dptune.data.supportdesk import generate, held_out
 from dptune.identity import keyed_hash, local_key
 
@@ -43,6 +48,8 @@ class Dataset:
     """Secret key of the fingerprint of private records."""
     skipped: Skipped = field(default_factory=Skipped, repr=False)
     """Bad records that were left out: NON_PRIVATE."""
+    protected: frozenset[bytes] = field(default=frozenset(), repr=False)
+    """Fingerprint of each record that was read, kept or not, where public records are to be compared with them."""
 
     @property
     def fingerprint(self) -> str:
@@ -60,23 +67,24 @@ def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None)
 
     Raises:
         DataError: naming file, line and field, or the split that is empty.
+        ConfigError: when one private record could change any number of training rows.
     """
+    stability_of(config)
     data, skipped = config.data, Skipped()
-    kept = {split: Smallest(getattr(data, f"{split}_size"), data.seed) for split in SPLITS}
-    training: Smallest | Mixture = kept["train"]
-    if data.tasks is not None and data.task_weights is not None:
-        weights = dict(zip(data.tasks, data.task_weights, strict=True))
-        training = Mixture(weights, data.train_size, data.seed)
-    tasks: set[str] = set()
+    held_out = {split: Smallest(getattr(data, f"{split}_size"), data.seed) for split in SPLITS if split != "train"}
+    training = _training_subset(data)
+    tasks, protected = set[str](), set[bytes]()
     for example in _checked(config, tokens, skipped):
         tasks.add(example.task)
+        if config.privacy.projection == "public":
+            protected.add(words_of(example))
         if data.tasks is None or example.task in data.tasks:
-            (training if example.split == "train" else kept[example.split]).offer(example)
+            (training if example.split == "train" else held_out[example.split]).offer(example)
     if unknown := set(data.tasks or ()) - tasks:
         raise DataError(f"data.tasks: no record has the task {', '.join(sorted(unknown))}")
 
-    train, validation, test = training.examples(), kept["validation"].examples(), kept["test"].examples()
-    train = apply_to_training(train, config.data_sensitivity, data.seed)
+    train, validation, test = training.examples(), held_out["validation"].examples(), held_out["test"].examples()
+    train = apply_to_training(train, config.data_sensitivity, data.seed, data.tasks)
     test = apply_to_test(test, config.data_sensitivity, data.seed, SOURCES.get(data.name, FILES).reword)
     for split, examples in (("train", train), ("test", test)):
         if not examples:
@@ -85,7 +93,42 @@ def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None)
                 f"source's splits with data.splits, or change data.tasks and data.{split}_size"
             )
     key = b"" if has_plain_hashes(data) else local_key(Path(config.compute.output_root))
-    return Dataset(train, validation, test, is_open(data), key, skipped)
+    return Dataset(train, validation, test, is_open(data), key, skipped, frozenset(protected))
+
+
+def _training_subset(data: DataConfig) -> Share | Mixture:
+    """What keeps of the training records those that the config asks for."""
+    if data.tasks is None or data.task_weights is None:
+        return Share(data.train_size, data.seed, declared_records(data))
+    weights = dict(zip(data.tasks, data.task_weights, strict=True))
+    declared = data.declared_task_sizes
+    counts = None if declared is None else dict(zip(data.tasks, declared, strict=True))
+    return Mixture(weights, data.train_size, data.seed, counts)
+
+
+def public_examples(config: Config, data: Dataset) -> list[Example]:
+    """Records of public data of the same kind, which may be looked at for free.
+
+    Raises:
+        ConfigError: when one of them is among the protected records, however it is written.
+    """
+    public = SOURCES[config.data.name].public
+    assert public is not None  # the config was checked
+    found = load_dataset(dataclasses.replace(config, data=public(config.data)))
+    if not found.protected or not data.protected:
+        raise ValueError("both data sets must have been loaded for privacy.projection=public")
+    if found.protected & data.protected:
+        raise ConfigError(
+            f"privacy.projection=public: its public data shares records with data={config.data.name}, which are to be "
+            "protected; take other data or another data.seed, or privacy.projection=history"
+        )
+    return found.train
+
+
+def words_of(example: Example) -> bytes:
+    """Fingerprint of what a record says, however it is spelled, spaced or answered."""
+    words = unicodedata.normalize("NFKC", f"{example.instruction} {example.input}").casefold()
+    return hashlib.blake2b(" ".join(re.findall(r"\w+", words)).encode(), digest_size=16).digest()
 
 
 def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: Skipped) -> Iterator[Example]:
@@ -96,28 +139,35 @@ def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: S
         raise ValueError("load needs the argument tokens for data.on_long=error")
     split_of_user: dict[str, str] = {}
     for where, item in SOURCES.get(data.name, FILES).read(data):
-        problem = item.message if isinstance(item, Fault) else None
+        fault = item if isinstance(item, Fault) else None
         if isinstance(item, Example):
             if tokens is not None and data.on_long == "error":
                 length, most = tokens(item), config.environment.sequence_length
                 if length > most:
-                    problem = f"{length} tokens are more than environment.sequence_length={most}; raise it or truncate"
-            if problem is None and one_split and item.user is not None:
+                    why = f"{length} tokens are more than environment.sequence_length={most}; raise it or truncate"
+                    fault = Fault(why)
+            if fault is None and one_split and item.user is not None:
                 first = split_of_user.setdefault(item.user, item.split)
                 if first != item.split:
-                    problem = (
+                    fault = Fault(
                         f"field {data.columns.user!r}: the same user is in {first} and in {item.split}; repair the "
-                        "splits, or leave them to dptune with data.split_by=user"
+                        "splits, or leave them to dptune with data.split_by=user",
+                        stops=True,
                     )
-        if problem is None:
+        if fault is None:
             assert isinstance(item, Example)
             yield item
+        elif fault.stops:
+            also = (
+                "; data.on_bad=skip cannot leave that out, other records depend on it" if data.on_bad == "skip" else ""
+            )
+            raise DataError(f"{where} {fault.message}{also}")
         elif data.on_bad == "error":
-            raise DataError(f"{where} {problem} (data.on_bad=skip leaves such records out)")
+            raise DataError(f"{where} {fault.message} (data.on_bad=skip leaves such records out)")
         else:
             skipped.count += 1
             if len(skipped.messages) < LISTED:
-                skipped.messages.append(f"{where} {problem}")
+                skipped.messages.append(f"{where} {fault.message}")
 
 
 def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
@@ -141,7 +191,8 @@ def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
                 continue
             if identifier is not None:
                 if (digest := hash(str(identifier))) in identifiers:
-                    yield where, Fault(f"field {data.columns.id!r} has occurred before; identifiers must differ")
+                    what = f"field {data.columns.id!r} has occurred before; identifiers must differ"
+                    yield where, Fault(what, stops=True)
                     continue
                 identifiers.add(digest)
             yield where, example

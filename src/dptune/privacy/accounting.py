@@ -49,8 +49,12 @@ def epsilon(events: Sequence[Event], delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _epsilon(events: tuple[Event, ...], delta: float, coarsening: float = 1.0) -> float:
-    grid_interval = interval(events) * coarsening if events else None
-    return float(compose(events, grid_interval).get_epsilon_for_delta(delta))
+    try:
+        grid_interval = interval(events) * coarsening if events else None
+        value = float(compose(events, grid_interval).get_epsilon_for_delta(delta))
+    except (OverflowError, ZeroDivisionError):  # Losses beyond double precision: too little noise for any epsilon.
+        return math.inf
+    return math.inf if math.isnan(value) else value
 
 
 def delta(events: Sequence[Event], epsilon: float) -> float:
@@ -61,13 +65,14 @@ def delta(events: Sequence[Event], epsilon: float) -> float:
     return max(float(compose(events).get_delta_for_epsilon(epsilon)), SMALLEST_DELTA / 10)
 
 
-def epsilon_prv(events: Sequence[Event], delta: float, error: float = 0.01) -> float:
+def epsilon_prv(events: Sequence[Event], delta: float, error: float | None = None) -> float:
     """Upper bound on epsilon by the PRV accountant (Gopi et al. 2021, arXiv:2106.02848): its upper value.
 
     Args:
         events: the releases, with `group_size` 1.
         delta: target delta.
-        error: additive error in epsilon that the upper value includes.
+        error: additive error in epsilon that the upper value includes. By default 0.01 up to 10,000 releases, then
+            growing with the square root of their number, so that its grid, and the minutes it takes, do not.
 
     Raises:
         ValueError: for `group_size` above 1, which the accountant does not have.
@@ -84,6 +89,8 @@ def epsilon_prv(events: Sequence[Event], delta: float, error: float = 0.01) -> f
         for event in blocks
     ]
     counts = [event.count for event in blocks]
+    if error is None:
+        error = 0.01 * math.sqrt(max(sum(counts) / 1e4, 1.0))
     with np.errstate(all="ignore"):
         accountant = prv_accountant.PRVAccountant(
             variables, eps_error=error, delta_error=delta / 1000, max_self_compositions=counts
@@ -222,6 +229,8 @@ def _estimated_root(excess: Callable[..., float]) -> float:
     here = excess(root)
     rounding = (here - excess(root, 2.0)) * 63 / 60  # the error of an interval h is of the order of h^2
     slope = (excess(root + 1e-3) - here) / 1e-3
+    if slope == 0:  # The grid does not tell the two apart: the reference settles it.
+        return math.exp(root)
     return math.exp(root + (rounding - here) / slope)
 
 

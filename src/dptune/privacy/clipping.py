@@ -160,9 +160,9 @@ class ClippedSum:
 
 
 def clip_and_sum(
-    per_example: Mapping[str, Tensor], groups: Sequence[Group], rule: ClipRule, units: Tensor | None = None
+    per_example: Mapping[str, Tensor], groups: Sequence[Group], rule: ClipRule, counted: Tensor | None = None
 ) -> ClippedSum:
-    """Clip the gradient of each unit and add them up.
+    """Clip the gradient of each unit, a row, and add them up.
 
     Two passes over the gradients, each converting one parameter at a time to float64: norms first, then the
     clipped vectors, whose norms are measured again before they are added.
@@ -172,15 +172,15 @@ def clip_and_sum(
             shape (b, *shape).
         groups: the groups.
         rule: how to clip.
-        units: for user-level clipping (7.5, ULS) the unit of each row, integers of shape (b,): the gradients
-            of a unit are averaged first. None: each row is a unit.
+        counted: whether a row counts, shape (b,); one that does not is as if it were 0, and keeps the shape of
+            the batch, on which rounding depends. None: all rows count.
 
     Raises:
         ValueError: if a parameter is missing or unknown, or the shapes or numbers of rows disagree.
         SensitivityError: if a clipped vector is outside its bound.
     """
     sizes = {name: size for group in groups for name, size in zip(group.parameters, group.sizes, strict=True)}
-    rows = _check_rows(per_example, groups, units)
+    rows = _check_rows(per_example, groups, counted)
     device = next(iter(per_example.values())).device
     scratch = torch.empty(rows * max(sizes.values()), dtype=torch.float64, device=device)
 
@@ -189,20 +189,18 @@ def clip_and_sum(
         return flat.copy_(per_example[name].detach().reshape(rows, sizes[name]))
 
     row_norms = {name: torch.linalg.vector_norm(load(name), dim=1) for name in sizes}
-    bad = ~torch.stack(list(row_norms.values())).isfinite().all(dim=0)
-    bad_rows = bad.nonzero().flatten()
-    average = None if units is None else _averaging_matrix(units.to(device))
+    counts = torch.ones(rows, dtype=torch.bool, device=device) if counted is None else counted.to(device)
+    bad = ~torch.stack(list(row_norms.values())).isfinite().all(dim=0) & counts
+    out = bad | ~counts
+    out_rows = out.nonzero().flatten()
 
-    def per_unit(name: str) -> Tensor:
+    def kept(name: str) -> Tensor:
         flat = load(name)
-        if len(bad_rows):
-            flat[bad_rows] = 0.0
-        return flat if average is None else average @ flat
+        if len(out_rows):
+            flat[out_rows] = 0.0
+        return flat
 
-    if average is None:
-        unit_norms = {name: norms.masked_fill(bad, 0.0) for name, norms in row_norms.items()}
-    else:
-        unit_norms = {name: torch.linalg.vector_norm(per_unit(name), dim=1) for name in sizes}
+    unit_norms = {name: norms.masked_fill(out, 0.0) for name, norms in row_norms.items()}
     norms = torch.stack([_norm_of(group, unit_norms) for group in groups])
     factors = rule.factors(norms)
 
@@ -210,29 +208,29 @@ def clip_and_sum(
     clipped_norms: dict[str, Tensor] = {}
     for group, factor in zip(groups, factors, strict=True):
         for name in group.parameters:
-            clipped = per_unit(name).mul_(factor.unsqueeze(1))
+            clipped = kept(name).mul_(factor.unsqueeze(1))
             clipped_norms[name] = torch.linalg.vector_norm(clipped, dim=1)
             sums.append(clipped.sum(dim=0))
     if rule.kind != NONE:
         rule.sensitivity.check(torch.stack([_norm_of(group, clipped_norms) for group in groups]))
 
     tracked = torch.tensor(rule.tracked, dtype=torch.float64, device=device).unsqueeze(1)
-    shortened = (factors < MARGIN).double().mean(dim=0).sum()
+    shortened = ((factors < MARGIN) & counts).double().mean(dim=0).sum()
     return ClippedSum(
         values=torch.cat(sums),
         sensitivity=rule.sensitivity,
-        inside=(norms <= tracked).double().sum(dim=1) - norms.shape[1] / 2,
-        telemetry=torch.stack([shortened.new_tensor(norms.shape[1]), shortened, bad.double().sum()]),
+        inside=((norms <= tracked) & counts).double().sum(dim=1) - counts.double().sum() / 2,
+        telemetry=torch.stack([counts.double().sum(), shortened, bad.double().sum()]),
     )
 
 
-def _check_rows(per_example: Mapping[str, Tensor], groups: Sequence[Group], units: Tensor | None) -> int:
+def _check_rows(per_example: Mapping[str, Tensor], groups: Sequence[Group], counted: Tensor | None) -> int:
     shapes = {name: shape for group in groups for name, shape in zip(group.parameters, group.shapes, strict=True)}
     if missing := shapes.keys() - per_example.keys():
         raise ValueError(f"no per-example gradients of {sorted(missing)[0]}; every parameter of every group is needed")
     if unknown := per_example.keys() - shapes.keys():
         raise ValueError(f"{sorted(unknown)[0]} is in no group; it would be trained without privacy")
-    rows = len(per_example[next(iter(shapes))]) if units is None else len(units)
+    rows = len(per_example[next(iter(shapes))]) if counted is None else len(counted)
     for name, shape in shapes.items():
         if tuple(per_example[name].shape) not in {(rows, *shape), (rows, math.prod(shape))}:
             raise ValueError(
@@ -244,11 +242,3 @@ def _check_rows(per_example: Mapping[str, Tensor], groups: Sequence[Group], unit
 def _norm_of(group: Group, norms: Mapping[str, Tensor]) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(torch.stack([norms[name] for name in group.parameters]), dim=0)
     return norm
-
-
-def _averaging_matrix(units: Tensor) -> Tensor:
-    """Shape (distinct units, rows): 1 / (rows of the unit) where the row belongs to the unit."""
-    distinct, position, counts = torch.unique(units, return_inverse=True, return_counts=True)
-    matrix = torch.zeros(len(distinct), len(units), dtype=torch.float64, device=units.device)
-    matrix[position, torch.arange(len(units), device=units.device)] = 1.0 / counts.double()[position]
-    return matrix

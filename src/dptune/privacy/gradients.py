@@ -7,7 +7,7 @@ are in `engines.py`. SPECIFICATION.md 1.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -29,9 +29,18 @@ class Engine(Protocol):
         """Losses, detached, and gradients."""
         ...
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside, backward passes of the model are not the engine's."""
+        ...
+
     def close(self) -> None:
         """Take everything off the model that the engine hung on it."""
         ...
+
+
+LOW_PRECISION_TOLERANCE = 0.2
+"""Largest difference of gradients that should be equal, relative to a parameter's largest, where the backbone is not in
+float32: tells what is wrong from what rounds otherwise."""
 
 
 class EngineError(RuntimeError):
@@ -54,6 +63,10 @@ class LoopEngine:
             losses.append(loss.detach())
         gradients = {name: torch.stack([row[index] for row in rows]) for index, name in enumerate(self.parameters)}
         return torch.stack(losses), gradients
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Nothing is watched in any case."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing was hung on the model."""

@@ -34,6 +34,7 @@ from dptune.privacy.clipping import NONE, ClippedSum, ClipRule, clip_and_sum
 from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.rules import GROUPINGS, row_of
 from dptune.privacy.streams import KeyRing, Purpose, grid_of
+from dptune.privacy.units import UNCOUNTED
 
 _BITS = "quantile bits"  # name of the noise stream of the quantile tracker
 
@@ -175,26 +176,23 @@ class Mechanism:
 
         Args:
             per_example: for every parameter of every group, the gradients of each row, shape (b, *shape).
-            units: position of each row's privacy unit in the logical batch, integers of shape (b,). Needed
-                for `user_uls`, where the rows of a user are averaged and must be in the same physical batch.
-                With `example` they are optional, and guard against a row that is added twice. With
-                `user_els` each row counts on its own, and they are not looked at.
+            units: position of each row's privacy unit in the logical batch, integers of shape (b,); rows of
+                `UNCOUNTED` only fill the physical batch up. Needed for `user_uls`, where a row is the mean over
+                one user (`UnitMeans`). With `user_els` a unit may have several rows, each of which counts.
 
         Raises:
             ValueError: if all steps are spent, parameters or rows disagree, or a unit comes twice in a step.
         """
         step = self._public_step()
-        by_user = self.plan.unit == "user_uls"
-        if by_user and units is None:
+        if units is None and self.plan.unit == "user_uls":
             raise ValueError("unit is user_uls; pass the unit of each row")
         if units is not None and self.plan.unit != "user_els":
-            present = list(set(units.tolist())) if by_user else units.tolist()
+            present = [unit for unit in units.tolist() if unit != UNCOUNTED]
             if len(self._units | set(present)) < len(self._units) + len(present):
-                raise ValueError(
-                    "a unit comes twice in a step; add a row once, and a user's rows in one physical batch"
-                )
+                raise ValueError("a unit comes twice in a step; add a row once, and a user's mean once")
             self._units |= set(present)
-        part = clip_and_sum(per_example, self.groups, step.rule, units if by_user else None)
+        counted = None if units is None else units != UNCOUNTED
+        part = clip_and_sum(per_example, self.groups, step.rule, counted)
         self._sum = part if self._sum is None else self._sum + part
 
     def release(

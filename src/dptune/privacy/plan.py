@@ -165,6 +165,9 @@ class PrivacyPlan:
         schedule: public schedule of the noise multiplier.
         one_shot: releases paid beside the steps, such as a private subspace.
         noise_mode: `secure`, or `reproducible` (accounted, not realised, for whoever knows the seed).
+        rows_per_record: unit example: rows that one record becomes before training (SPECIFICATION.md 1.8); each is
+            sampled and clipped on its own.
+        size_declared: num_units was stated without counting; the data may have another number of units.
     """
 
     num_units: int
@@ -184,6 +187,8 @@ class PrivacyPlan:
     schedule: Schedule = field(default_factory=Schedule)
     one_shot: tuple[Event, ...] = ()
     noise_mode: NoiseMode = "secure"
+    rows_per_record: int = 1
+    size_declared: bool = False
 
     def __post_init__(self) -> None:
         _at_least("num_units", self.num_units, 1)
@@ -207,7 +212,10 @@ class PrivacyPlan:
             )
         if self.unit == "example" and self.examples_per_user is not None:
             raise PlanError("examples_per_user needs a user-level unit: set unit to user_els or user_uls")
+        _at_least("rows_per_record", self.rows_per_record, 1)
         if self.unit != "example":
+            if self.rows_per_record != 1:
+                raise PlanError("rows_per_record is for unit example: examples_per_user bounds the rows of a user")
             if self.examples_per_user is None:
                 raise PlanError(f"unit {self.unit} needs examples_per_user, the public cap of rows of one user")
             _at_least("examples_per_user", self.examples_per_user, 1)
@@ -223,7 +231,7 @@ class PrivacyPlan:
         if not smallest <= self.noise_multiplier <= largest:
             raise PlanError(
                 f"noise_multiplier must lie in [{smallest:g}, {largest:g}], not {self.noise_multiplier};"
-                " without privacy use PrivacyPlan.non_private"
+                " for a run without protection use privacy=none"
             )
         _within("max_grad_norm", self.max_grad_norm, 0, math.inf)
         if self.one_shot and self.unit == "user_uls":
@@ -255,8 +263,8 @@ class PrivacyPlan:
 
     @property
     def _group_size(self) -> int:
-        """Records of one unit that each release may see: k for ELS, else 1."""
-        return (self.examples_per_user or 1) if self.unit == "user_els" else 1
+        """Rows of one unit that each release may see: k for ELS, those of a record for examples, else 1."""
+        return (self.examples_per_user or 1) if self.unit == "user_els" else self.rows_per_record
 
     def noise_multipliers(self) -> NDArray[np.float64]:
         """Joint noise multiplier of each step, shape (steps,)."""
@@ -336,7 +344,7 @@ class PrivacyPlan:
         return sampler
 
     def _check_units(self, what: str, found: int) -> None:
-        if found != self.num_units:
+        if found != self.num_units and not self.size_declared:
             raise PlanError(f"the plan is for {self.num_units} {what}, the data have {found}: set num_units to match")
 
     def to_dict(self) -> dict[str, Any]:
@@ -344,6 +352,9 @@ class PrivacyPlan:
         values = dataclasses.asdict(self)
         values["max_grad_norm"] = self.max_grad_norm if self.private else "inf"
         values["one_shot"] = list(values["one_shot"])
+        for name in ("rows_per_record", "size_declared"):
+            if values[name] == getattr(type(self), name):
+                del values[name]  # Plans from before it keep their fingerprints, and so their noise.
         return values
 
     @classmethod

@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 _TAIL = 10.0  # standard deviations; less than exp(-50) of the mass of a Gaussian lies beyond
 _EXCESS = 1e-4  # count * interval^2: the order of magnitude of what rounding adds to epsilon
 _COARSEST = 5e-4
+_DENSE_FROM = 16  # releases; from here on the library composes densely itself
 _MAX_POINTS, _MAX_POINTS_OF_A_STEP = 1e6, 2e5
 
 
@@ -65,11 +66,25 @@ def compose(events: Sequence[Event], grid_interval: float | None = None) -> Priv
 
 @lru_cache(maxsize=8)
 def _compose(events: tuple[Event, ...], grid_interval: float) -> PrivacyLossDistribution:
-    parts = (_single(replace(e, count=1), grid_interval).self_compose(e.count) for e in events)
+    parts = (_power(_single(replace(e, count=1), grid_interval), e.count) for e in events)
     total = next(parts)
     for part in parts:
         total = total.compose(part)
     return total
+
+
+def _power(single: PrivacyLossDistribution, count: int) -> PrivacyLossDistribution:
+    """A distribution composed with itself by one Fourier transform.
+
+    Where the losses of a step are few, the library first computes number of losses ** count, an integer of millions of
+    digits, only to see that it is large; a dense distribution is composed at once, with the same result.
+    """
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+    if count < _DENSE_FROM:
+        return single.self_compose(count)
+    remove, add = single._pmf_remove.to_dense_pmf(), single._pmf_add.to_dense_pmf()
+    return PrivacyLossDistribution(remove, None if single._symmetric else add).self_compose(count)
 
 
 @lru_cache(maxsize=32)

@@ -37,7 +37,8 @@ def row_of(choices: Mapping[str, Row], name: str, what: str) -> Row:
     return choices[name]
 
 
-_NO_NORM = 1e-100  # squares below this underflow; automatic rules treat such a gradient as 0
+SMALLEST_NORM = 2.0**-20
+"""Automatic rules count a shorter gradient as if it had this norm: rounding is not blown up to the clip bound."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _each(norms: Tensor, bounds: Tensor, stability: float) -> Tensor:
 
 
 def _normalised(norms: Tensor, bounds: Tensor, slack: Tensor | float) -> Tensor:
-    return (bounds / (norms + slack)).where(norms > _NO_NORM, 0.0)
+    return bounds / (norms + slack).clamp(min=SMALLEST_NORM)
 
 
 CLIPPINGS: Mapping[str, ClippingRule] = {

@@ -6,6 +6,7 @@ holds for nothing else. A sampler is a pure function of its keys and the step.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,12 +88,14 @@ def rows_by_user(users: Sequence[Hashable]) -> Mapping[str, Rows]:
     """Rows of each user, users in the order of their first row.
 
     Raises:
-        PlanError: if a row has no user.
+        PlanError: if a row has no user, or one that could be written otherwise in another row.
     """
     rows: dict[str, list[int]] = {}
     for row, user in enumerate(users):
         if user is None or user != user or user == "":
             raise PlanError(f"row {row} has no user: user-level privacy needs the user of every row")
+        if isinstance(user, float) or (isinstance(user, str) and not unicodedata.is_normalized("NFKC", user)):
+            raise PlanError(f"the user of row {row} can be written in other ways too: give each user one name")
         rows.setdefault(str(user), []).append(row)
     return {user: np.array(own, dtype=np.int64) for user, own in rows.items()}
 

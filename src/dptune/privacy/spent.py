@@ -1,6 +1,6 @@
 """From plan, ledger and procedure to the guarantee of an artifact: the one function that makes it.
 
-SPECIFICATION.md 8.3.
+SPECIFICATION.md 8.4.
 """
 
 from __future__ import annotations
@@ -278,6 +278,8 @@ def _not_covered(plan: PrivacyPlan, circumstances: Circumstances, search: bool) 
         yield "messages that are the prompt of replies by other people: they are in the examples of those, as often"
     if circumstances.telemetry_is_shown:
         yield "telemetry that nothing was paid for (losses, norms), which tracking.allow_private=true sent to a mirror"
+    if not plan.size_declared:
+        yield f"the number of {'users' if plan.unit == 'user_uls' else 'training records'}, which counts as public"
     yield "how long steps took, when the run stopped and why, and what the backbone had learned before"
 
 

@@ -15,7 +15,7 @@ is clipped and noised, and the noise in BA is linear.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ class Subspace:
     def project(self, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Coordinates by group, float64 (b, k_g), of gradients by parameter, (b, *shape)."""
         return {
-            group.name: _flat(group, per_example) @ basis.to(_device(per_example))
+            group.name: _each(_flat(group, per_example), basis.mT.contiguous().to(_device(per_example)).matmul)
             for group, basis in zip(self.groups, self.bases, strict=True)
         }
 
@@ -145,7 +145,8 @@ class Carriers:
             if name in self.pairs:
                 left, right = (carrier.to(value) for carrier in self.pairs[name])
                 matrices = value.reshape(len(value), *shape)
-                coordinates |= zip(_halves(name), (matrices @ right.mT, left.mT @ matrices), strict=True)
+                sides = _each(matrices, lambda g: g @ right.mT), _each(matrices, lambda g: left.mT @ g)  # noqa: B023
+                coordinates |= zip(_halves(name), sides, strict=True)
             else:
                 coordinates[name] = value
         return coordinates
@@ -323,6 +324,13 @@ class PaidSubspace:
     def _require_unreleased(self) -> None:
         if self._released:
             raise ValueError("the subspace is released; a second one needs its own event and its own keys")
+
+
+def _each(rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of each row, one after the other: a product over all rows rounds by their place (10.3)."""
+    if not len(rows):
+        return function(rows.new_zeros(rows.shape[1:])).unsqueeze(0)[:0]
+    return torch.stack([function(row.clone()) for row in rows])
 
 
 def _flat(group: Group, gradients: Mapping[str, Tensor]) -> Tensor:

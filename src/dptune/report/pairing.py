@@ -16,7 +16,7 @@ from dptune.report.results import Results
 from dptune.report.settings import BACKBONE, CONDITION, DATA, GUARANTEE, HYPERPARAMETER, OF_SEARCH, SEED, TARGET, plain
 
 SIGMA, PER_USER = "config.privacy.noise_multiplier", "config.privacy.examples_per_user"
-BUDGET = (TARGET, SIGMA, PER_USER, *(f"config.{name}" for name in GUARANTEE))
+BUDGET = (TARGET, SIGMA, PER_USER, "config.privacy.budget", *(f"config.{name}" for name in GUARANTEE))
 """Fields of `config.privacy` that say how much is spent on whom, not how."""
 PARTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "method": (("config.adapter.", "config.privacy."), BUDGET),

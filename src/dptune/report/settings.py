@@ -18,7 +18,7 @@ SEED, HYPERPARAMETER = "config.environment.seed", "config.hyperparameter."
 STEPS, TARGET, MODEL = f"{HYPERPARAMETER}steps", "config.privacy.target_epsilon", "config.model.name"
 CONDITION = "config.data_sensitivity."
 """Changes that are made to the data to study what they do."""
-NOT_SETTING = ("config.compute.", "config.tracking.", "config.method", "config.sweep", SEED)
+NOT_SETTING = ("config.compute.", "config.tracking.", "config.privacy.budget", "config.method", "config.sweep", SEED)
 """Parts of the config in which runs of one setting may differ: they change no number, or are what is averaged over."""
 NOT_CONDITION = ("config.adapter.", "config.privacy.", *NOT_SETTING)
 """Parts of the config that say which method was used, or are no part of the setting."""

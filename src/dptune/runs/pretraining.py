@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dptune import evaluation
 from dptune.config.schema import CHECKSUMS, SHIPPED, EvaluationConfig, ModelConfig
 from dptune.data import supportdesk, templates
+from dptune.data.batches import Ladder
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
 from dptune.models import backbones
@@ -275,17 +276,9 @@ def _accuracy(folder: Path, examples: Sequence[Example]) -> float:
     loaded = backbones.load_backbone(
         ModelConfig("local", str(folder)), precision="float32", device="cpu", cache_dir=folder
     )
-    judgements, written = evaluation.evaluate(
-        loaded.model,
-        loaded.tokenizer,
-        evaluation.evaluated_examples(examples, rules.prompts),
-        None,
-        layout=loaded.layout,
-        sequence_length=96,
-        batch_size=512,
-        max_new_tokens=rules.max_new_tokens,
-    )
-    return evaluation.metrics_of(judgements, written).accuracy
+    judge = evaluation.Evaluator(loaded.tokenizer, Ladder(96, 64, loaded.layout), rules.max_new_tokens)
+    answers, written = judge(loaded.model, evaluation.evaluated_examples(examples, rules.prompts), None)
+    return evaluation.metrics_of(answers, written).accuracy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from dptune.config.schema import Config, ConfigError, noise_mode
 from dptune.data.sources import Dataset
+from dptune.data.stability import declared_units, stability_of
 from dptune.privacy.accounting import calibrate
 from dptune.privacy.accounting import epsilon as accountant
 from dptune.privacy.events import Event
@@ -35,11 +39,17 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             f"privacy.unit={privacy.unit} needs the author of every training record; "
             "map it with data.columns.user or set privacy.unit=example"
         )
-    num_units = len(users) if privacy.unit == "user_uls" else len(data.train)
+    counted = len(users) if privacy.unit == "user_uls" else len(data.train)
+    stability, declared = stability_of(config), declared_units(config)
+    num_units = counted if declared is None else declared
+    rows = stability.rows if privacy.unit == "example" else 1
     try:
         if not privacy.enabled:
             return PrivacyPlan.non_private(
-                num_units=num_units, expected_batch_size=hyper.expected_batch_size, steps=hyper.steps
+                num_units=num_units,
+                expected_batch_size=hyper.expected_batch_size,
+                steps=hyper.steps,
+                size_declared=declared is not None,
             )
         plan = PrivacyPlan(
             num_units=num_units,
@@ -68,8 +78,10 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             schedule=Schedule(kind=privacy.schedule, ratio=privacy.schedule_ratio),
             one_shot=()
             if privacy.projection != "private"
-            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or 1),),
+            else (Event(privacy.projection_noise_multiplier, 1.0, 1, privacy.examples_per_user or rows),),
             noise_mode=mode,
+            rows_per_record=rows,
+            size_declared=declared is not None,
         )
         if privacy.target_epsilon is not None and plan.events():
             plan = calibrated(plan, privacy.target_epsilon)
@@ -105,7 +117,28 @@ def score_epsilon(noise_multiplier: float, delta: float) -> float:
 @functools.lru_cache(maxsize=256)
 def calibrated(plan: PrivacyPlan, target_epsilon: float) -> PrivacyPlan:
     """The plan with the least noise that keeps the target; the runs of a sweep share the search."""
-    return plan.calibrate(target_epsilon)
+    with said_if_slow(f"calibrating the noise of {plan.steps:,} steps to epsilon {target_epsilon:g}"):
+        return plan.calibrate(target_epsilon)
+
+
+PATIENCE = 2.0
+"""Seconds that accounting may take in silence."""
+
+
+@contextmanager
+def said_if_slow(what: str) -> Iterator[None]:
+    """Say on standard error what is being computed, should it take longer than `PATIENCE`. What is said is public."""
+
+    def say() -> None:
+        print(f"dptune: {what}; this may take some minutes", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def privacy_of(
@@ -152,7 +185,8 @@ def _epsilon_marks(plan: PrivacyPlan, before: tuple[Event, ...]) -> dict[int, fl
     events = {int(step): (*before, *plan.events(int(step))) for step in marks}
     if not plan.private:
         return dict.fromkeys(events)
-    return {step: accountant(done, plan.delta) if done else 0.0 for step, done in events.items()}
+    with said_if_slow(f"accounting for every tenth of {plan.steps:,} steps"):
+        return {step: accountant(done, plan.delta) if done else 0.0 for step, done in events.items()}
 
 
 def not_covered(config: Config, data: Dataset) -> list[str]:

@@ -37,7 +37,7 @@ def provenance(config: Config, setup: Setup, overrides: Sequence[str]) -> dict[s
         "lock": unlike_lock(),
         "data": setup.data.fingerprint,
         "backbone": setup.backbone.fingerprint,
-        "engine": setup.engine,
+        "engine": setup.path.engine,
         "seed": config.environment.seed,
     }
 

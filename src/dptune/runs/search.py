@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from dptune.config.checks import strict
 from dptune.config.extras import check_extras
 from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, noise_mode
-from dptune.identity import KEY_FILE, local_key, run_id
+from dptune.identity import KEY_FILE, keep_local_key, local_key, run_id
+from dptune.privacy.budget import Spending
 from dptune.privacy.events import Event
 from dptune.privacy.guarantee import GUARANTEE_FILE
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
@@ -42,16 +43,17 @@ from dptune.records.record import (
     is_done,
     read,
 )
+from dptune.runs.budget import SECRET_FOLDER as SECRET_FOLDER
+from dptune.runs.budget import book
+from dptune.runs.folder import LOG_FILE
 from dptune.runs.privacy import make_plan
-from dptune.runs.run import LOG_FILE, run
 from dptune.runs.run import in_one_line as in_one_line
+from dptune.runs.run import run
 from dptune.runs.setup import data_of
 from dptune.sweeps.expand import released_by
 from dptune.sweeps.jobs import Job
 from dptune.sweeps.progress import NotDone, tried
 
-SECRET_FOLDER = "NON_PRIVATE_trials"
-"""Folder, inside the output folder, of all trials of all searches."""
 DRAW_FILE = "search.json"
 """How many trials there are, and which: the secret of a search."""
 WARNING = (
@@ -201,11 +203,28 @@ class Search:
     def _draw(self) -> Draw:
         path = self.secret / DRAW_FILE
         if not path.exists():
+            self._book()
             secret = self.secret.parent
             secret.mkdir(mode=0o700, parents=True, exist_ok=True)
+            secret.chmod(0o700)
             write_atomically(secret / "README", WARNING)
             write_once(path, f"{json.dumps(dataclasses.asdict(self._drawn()))}\n".encode())
         return Draw(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _book(self) -> None:
+        """Book the whole search, before how many trials it has is drawn."""
+        config = self.candidates[0].config
+        keep_local_key(config)
+        limits = [job.config.privacy.budget for job in self.candidates if job.config.privacy.budget is not None]
+        lowest = dataclasses.replace(config.privacy, budget=min(limits, default=None))
+        spending = Spending.of_search(self.events, self.repetitions, config.privacy.delta)
+        book(
+            dataclasses.replace(config, privacy=lowest),
+            data_of(config),
+            self.released.run_id,
+            self.secret,
+            spending,
+        )
 
     def _drawn(self) -> Draw:
         config, name = self.candidates[0].config, f"search {self.released.run_id}"

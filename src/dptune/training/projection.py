@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from dptune.config.schema import Config
-from dptune.data.batches import InputFormat, collate, physical_batches
+from dptune.data.batches import Ladder, collate, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
 from dptune.privacy.gradients import Engine
@@ -248,7 +247,7 @@ def make_projection(
     engine: Engine,
     private_rows: Sequence[Encoded],
     public_rows: Callable[[], Sequence[Encoded]],
-    layout: InputFormat,
+    ladder: Ladder,
     stored: Mapping[str, Any] | None = None,
 ) -> FullSpace:
     """The projection that the config names.
@@ -261,17 +260,19 @@ def make_projection(
         engine: gives gradients for a public or private subspace.
         private_rows: each record that training may see, once.
         public_rows: encoded records of public data.
-        layout: how the backbone reads an example.
+        ladder: shapes of the physical batches.
         stored: its state in a checkpoint. A subspace that was found on data is taken from there: on private data it
             is paid for once, and must not be released a second time.
     """
-    size, device, privacy = config.compute.physical_batch_size, config.compute.device, config.privacy
+    device, privacy = config.compute.device, config.privacy
     if stored is not None and privacy.projection in FOUND_ON_DATA:
         return FixedSubspace(stored_subspace(groups, stored))
 
     def gradients(rows: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
-        for piece in physical_batches(rows, np.arange(len(rows)), size):
-            yield engine(collate([rows[row] for row in piece.tolist()], layout, device))[1]
+        for piece in physical_batches(rows, ladder):
+            own = [rows[row] for row in piece.positions.tolist()]
+            found = engine(collate(own, ladder.layout, piece.shape, device))[1]
+            yield {name: value[: len(own)] for name, value in found.items()}
 
     return PROJECTIONS[privacy.projection](
         Sources(

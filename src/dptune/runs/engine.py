@@ -1,0 +1,146 @@
+"""Which engine gives a run its gradients, and in which shapes: checked on made-up records before anything is spent.
+
+The check needs no data, so that what it decides is public.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dptune.config.schema import Config, ConfigError
+from dptune.data.batches import FILLER, Ladder, Shape, Tensors, collate, example_losses
+from dptune.data.encoding import Encoded
+from dptune.models import adapters
+from dptune.models.backbones import Backbone
+from dptune.models.layers import model_type_of
+from dptune.privacy.engines import ENGINES, checked_engine
+from dptune.privacy.gradients import Engine, EngineError
+from dptune.privacy.independence import Probe, check_independence
+
+
+@dataclass(frozen=True)
+class GradientPath:
+    """An engine and the shapes of its batches, as they passed the check."""
+
+    engine: str
+    """A name of `ENGINES`."""
+    ladder: Ladder
+    notes: tuple[str, ...] = ()
+    """What was tried before, and why it is not used; for the log."""
+
+    def start(self, model: torch.nn.Module) -> Engine:
+        """The engine, on the model that was checked; an evaluation may have come between."""
+        return ENGINES[self.engine](model, example_losses)
+
+
+def checked_path(config: Config, backbone: Backbone, model: torch.nn.Module, private: bool) -> GradientPath:
+    """The first engine that is right for the adapter, with batches in which each row's gradient is its own.
+
+    Raises:
+        ConfigError: when there is none, with the reason.
+    """
+    adapters.set_modes(model)
+    ladder = Ladder(config.environment.sequence_length, config.compute.physical_batch_size, backbone.layout)
+    names = _candidates(config, model)
+    key = (
+        backbone.fingerprint,
+        dataclasses.astuple(config.adapter),
+        dataclasses.astuple(config.compute)[:2],
+        (config.hyperparameter.rank, config.hyperparameter.steps, config.environment.precision),
+        (names, *map(ENGINES.__getitem__, names)),
+        (ladder, private),
+    )
+    if key not in _checked:
+        _checked[key] = _first_right(config, backbone, model, ladder, names, private)
+    return _checked[key]
+
+
+_checked: dict[tuple[object, ...], GradientPath] = {}
+
+
+def _candidates(config: Config, model: torch.nn.Module) -> tuple[str, ...]:
+    if config.environment.engine != "auto":
+        return (config.environment.engine,)
+    architecture = model_type_of(model)
+    best = adapters.engine_of(config.adapter.name, architecture, embeddings=config.adapter.embeddings)
+    return tuple(dict.fromkeys((best, "functional", "loop")))
+
+
+def _first_right(
+    config: Config, backbone: Backbone, model: torch.nn.Module, ladder: Ladder, names: Sequence[str], private: bool
+) -> GradientPath:
+    vocabulary, device = len(backbone.tokenizer), config.compute.device
+    notes: list[str] = []
+    for name in names:
+        for rows in dict.fromkeys((ladder.rows, 1)):
+            path = GradientPath(name, dataclasses.replace(ladder, rows=rows), tuple(notes))
+            try:
+                engine = checked_engine(name, model, example_losses, *_few(vocabulary, ladder, device))
+            except EngineError as error:
+                notes.append(f"engine {name}: {error}")
+                break
+            try:
+                if private:
+                    check_independence(engine, model, example_losses, list(probes(path.ladder, vocabulary, device)))
+            except EngineError as error:
+                notes.append(f"engine {name}, {rows} row(s) in a batch: {error}")
+            else:
+                return path
+            finally:
+                engine.close()
+    raise ConfigError(f"adapter={config.adapter.name} on model={config.model.name}: {notes[-1]}")
+
+
+def _few(vocabulary: int, ladder: Ladder, device: str) -> tuple[Tensors, Tensors]:
+    """Three short records, and the same with another last one."""
+    lengths = (7, 9, 5)
+    rows = made_up_rows(vocabulary, lengths)
+    changed = [*rows[:-1], made_up_rows(vocabulary, lengths, shift=101)[-1]]
+    first, second = (collate(each, ladder.layout, device=device) for each in (rows, changed))
+    return first, second
+
+
+def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
+    """Made-up batches of every shape, with rows of the lengths that it takes."""
+    for shape in ladder.shapes:
+        rows = _rows_of(shape, ladder, vocabulary)
+        other = _rows_of(shape, ladder, vocabulary, shift=101)[::-1]
+        # In another order, and some that do not count.
+        others = [FILLER if at % 3 == 2 else row for at, row in enumerate(other)]
+        yield Probe(
+            name=f"{shape.rows} rows of up to {shape.width - ladder.layout.extra} tokens",
+            rows=collate(rows, ladder.layout, shape, device),
+            others=collate(others, ladder.layout, shape, device),
+            alone=[collate([row], ladder.layout, device=device) for row in rows[:3]],
+        )
+
+
+def _rows_of(shape: Shape, ladder: Ladder, vocabulary: int, shift: int = 0) -> list[Encoded]:
+    """A batch full of rows that have the given shape: the longest, the shortest, and those between."""
+    layout = ladder.layout
+    below = max((width for width in ladder.widths if width < shape.width), default=0)
+    most, least = shape.width - layout.extra, max(below - layout.extra + 1, 1)
+    sizes = [most, least, (most + least) // 2, *(most - 7 * at % (most - least + 1) for at in range(shape.rows))]
+    responses = [shape.labels, 2, (shape.labels + 1) // 2, *(1 + 3 * at % shape.labels for at in range(shape.rows))]
+    rows = []
+    for at, (size, response) in enumerate(zip(sizes[: shape.rows], responses, strict=False)):
+        if layout.architecture == "encoder_decoder":
+            length = max(size, 1) + response
+        else:
+            length, response = max(size, 2), min(response, max(size, 2) - 1)
+        rows.append(made_up_row(vocabulary, length, response, at, shift))
+    return rows
+
+
+def made_up_rows(vocabulary: int, lengths: Sequence[int], shift: int = 0) -> list[Encoded]:
+    """Rows of made-up tokens, two or three of them the response; another `shift` makes other tokens."""
+    return [made_up_row(vocabulary, length, 2 + at % 2, at, shift) for at, length in enumerate(lengths)]
+
+
+def made_up_row(vocabulary: int, length: int, response: int, number: int, shift: int) -> Encoded:
+    """One row of made-up tokens."""
+    return Encoded(tuple((31 * number + 17 * at + shift) % vocabulary for at in range(length)), response)
