@@ -307,6 +307,9 @@ def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
     ]
     if words:
         texts.append("The same by other accountants: " + ", ".join(words) + ". An estimate is no guarantee.")
+    judged = columns["metrics.n"][row] if "metrics.n" in columns and not guarantee.stand_in else None
+    if judged is not None:
+        texts.append(f"There is no guarantee for the {judged:,.0f} records of the test split: its metrics are exact.")
     return texts
 
 
