@@ -57,7 +57,7 @@ class RandomSweeper(AxesSweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Do the trials that are missing, then release the best."""
-        from dptune.privacy.accounting import rounded_up
+        from dptune.privacy.guarantee import epsilon_text
         from dptune.records.record import RunFailed
         from dptune.runs.search import trial_is_done
 
@@ -68,10 +68,10 @@ class RandomSweeper(AxesSweeper):
         if search.is_finished:
             print(f"{name} is finished: {search.folder}", flush=True)
             return []
-        epsilon, delta = rounded_up(search.epsilon), search.candidates[0].config.privacy.delta
+        delta = search.candidates[0].config.privacy.delta
         print(
             f"{name}: a secret number of trials among {len(search.candidates)} configs ({self.mean:g} expected); "
-            f"epsilon of the whole {epsilon:.3f} at delta {delta:g}",
+            f"epsilon of the whole {epsilon_text(search.epsilon)} at delta {delta:g}",
             flush=True,
         )
         missing = [job for job in search.trials() if not trial_is_done(job)]

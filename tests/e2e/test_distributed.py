@@ -63,7 +63,7 @@ def assert_equal_up_to_rounding(one: Path, two: Path) -> None:
     before, after = records.read(one), records.read(two)
     assert before is not None and after is not None and before.status == after.status == "done"
     assert before.privacy is not None and after.privacy is not None
-    assert before.privacy.epsilon == after.privacy.epsilon and before.privacy.attempts == after.privacy.attempts == 1
+    assert before.guarantee == after.guarantee and before.privacy.attempts == after.privacy.attempts == 1
     # The same batches and the same noise, each once.
     begun, again = ([{**row, "state": None} for row in rows(folder / "ledger.jsonl")] for folder in (one, two))
     assert begun == again  # But for the weights, which are equal up to rounding.

@@ -31,7 +31,7 @@ def test_a_short_private_run_of_a_pretrained_model(tmp_path: Path, monkeypatch: 
     record = run.run(config)
     assert record.status == "done" and record.metrics is not None and record.privacy is not None, record.error
     assert record.metrics.n == 40 and record.zero_shot is not None and 0.3 <= record.zero_shot.accuracy <= 0.8
-    assert record.privacy.epsilon is not None and 7.9 < record.privacy.epsilon <= 8
+    assert record.guarantee.epsilon is not None and 7.9 < record.guarantee.epsilon <= 8
     assert record.parameters is not None and record.parameters.trainable == 460_800
     assert record.metrics.response_perplexity != record.zero_shot.response_perplexity
     assert (tmp_path / record.run_id / "adapter" / "adapter_model.safetensors").is_file()

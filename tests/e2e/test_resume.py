@@ -20,6 +20,9 @@ from dptune import identity
 from dptune.config.checks import strict
 from dptune.config.schema import Config, ConfigError
 from dptune.identity import run_id
+from dptune.privacy.accounting import epsilon
+from dptune.privacy.events import Event
+from dptune.privacy.guarantee import epsilon_text
 from dptune.records import mirror as tracking
 from dptune.records import record as records
 from dptune.records.lock import holder
@@ -198,6 +201,11 @@ def test_a_secure_run_goes_on_with_fresh_keys_at_the_same_epsilon(
     master = b"".join(path.read_bytes() for path in (folder / "checkpoint").iterdir())
     begun = steps(folder)
     assert [row["step"] for row in begun] == [0, 1, 2, 3] and b"master" not in master
+    # The record was written before the first step; what is read of it counts those that were begun since.
+    assert json.loads((folder / "record.json").read_text())["guarantee"]["epsilon"] == 0
+    left = records.read(folder)
+    assert left is not None and left.guarantee is not None
+    assert left.guarantee.released == "unfinished" and left.guarantee.epsilon == spent(begun[0], 4)
     record = run.run(config)
     ledger = steps(folder)
     assert [row["step"] for row in ledger] == [0, 1, 2, 3, 2, 3, 4, 5]
@@ -205,7 +213,12 @@ def test_a_secure_run_goes_on_with_fresh_keys_at_the_same_epsilon(
     for name in ("noise_key", "sampling_key"):
         assert len({row[name] for row in ledger}) == len(ledger)
     assert record.privacy is not None and record.privacy.attempts == 1 and record.privacy.steps == STEPS
-    assert record.privacy.epsilon is not None and record.privacy.epsilon <= 8
+    assert record.guarantee is not None and record.guarantee.epsilon == spent(begun[0], STEPS) <= 8
+
+
+def spent(row: dict[str, Any], steps: int) -> float:
+    """Epsilon of so many steps as a row of a ledger has."""
+    return epsilon([Event(row["noise_multiplier"], row["sample_rate"], steps)], 1e-5)
 
 
 def test_a_secure_run_that_failed_by_itself_begins_another_attempt(
@@ -216,12 +229,20 @@ def test_a_secure_run_that_failed_by_itself_begins_another_attempt(
     for error, attempts, kept in ((RuntimeError("NaN"), 1, False), (OSError("the disk is full"), 2, True)):
         with monkeypatch.context() as patch:
             interrupt(patch, 4, error)
-            assert run.run(config).status == "failed"
+            failed = run.run(config)
         ledger = steps(folder_of(config))
+        assert failed.status == "failed" and failed.guarantee is not None
+        assert failed.guarantee.epsilon == spent(ledger[0], 4 * attempts)
+        assert records.read(folder_of(config)) == failed
         assert sum(row["step"] == 0 for row in ledger) == attempts
         assert (folder_of(config) / "checkpoint").exists() is kept
     record = run.run(config)
     assert record.status == "done" and record.privacy is not None and record.privacy.attempts == 2
+    # What was seen of the attempt that failed counts, in all that is said of this run.
+    assert record.guarantee is not None and record.guarantee.epsilon == spent(ledger[0], 4 + STEPS) > 8
+    assert rows(folder_of(config) / "history.jsonl")[-1]["epsilon"] == record.guarantee.shown
+    page = (folder_of(config) / "adapter" / "GUARANTEE.md").read_text()
+    assert epsilon_text(record.guarantee.epsilon) in page and "of attempt 1" in page
     assert (folder_of(config) / "run.log").read_text().count("Traceback") == 2
 
 

@@ -45,20 +45,21 @@ def test_a_private_run_leaves_a_whole_record(config: Config) -> None:
     record = run.run(config, overrides=["x=1"], report=lines.append)
     folder = Path(config.compute.output_root) / run_id(config)
     assert records.read(folder) == record and record.status == "done"
-    privacy = record.privacy
-    assert privacy is not None and privacy.private and privacy.stand_in
-    assert 0.5 * 8 < privacy.epsilon <= 8 and privacy.target_epsilon == 8
+    privacy, guarantee = record.privacy, record.guarantee
+    assert privacy is not None and guarantee is not None and privacy.private and guarantee.private
+    assert guarantee.stand_in and not guarantee.realised and guarantee.released == "adapter"
+    assert 0.5 * 8 < guarantee.epsilon <= 8 and privacy.target_epsilon == 8
     assert privacy.noise_mode == "reproducible" and privacy.steps == 3 and privacy.sample_rate == 0.1
     # The record alone gives the epsilon again, by the plan and by an independent accountant.
-    assert PrivacyPlan.from_dict(privacy.plan).epsilon() == privacy.epsilon
-    assert privacy.accountants["prv"]["value"] == pytest.approx(privacy.epsilon, abs=0.02)
-    assert privacy.accountants["gdp_clt"]["kind"] == "estimate"
+    assert PrivacyPlan.from_dict(privacy.plan).epsilon() == guarantee.epsilon
+    assert guarantee.accountants["prv"]["value"] == pytest.approx(guarantee.epsilon, abs=0.02)
+    assert guarantee.accountants["gdp_clt"]["kind"] == "estimate"
     assert record.parameters is not None and 0 < record.parameters.trainable < record.parameters.total
     assert sum(group.dimension for group in privacy.groups.values()) == record.parameters.trainable
     assert record.metrics is not None and record.metrics.n == 40 and record.zero_shot is not None
     assert record.provenance["overrides"] == ["x=1"] and record.provenance["engine"] == "hooks"
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in history] == [1, 2, 3] and history[-1]["epsilon"] == privacy.epsilon
+    assert [row["step"] for row in history] == [1, 2, 3] and history[-1]["epsilon"] == guarantee.shown
     assert "noise multiplier" in (folder / "run.log").read_text()
     progress = [line for line in lines if line.startswith("step 3/3")]
     assert "examples/s" in progress[0] and "of 8" in progress[0] and "left" not in progress[0]
@@ -186,7 +187,7 @@ def test_user_level_runs_are_accounted_for_users(config: Config, unit: str) -> N
     config.hyperparameter.expected_batch_size = 10
     record = run.run(config)
     assert record.status == "done" and record.privacy is not None
-    assert record.privacy.unit == unit and record.privacy.epsilon <= 8
+    assert record.privacy.unit == unit and record.guarantee.epsilon <= 8
     data = load_dataset(config)
     units = len({example.user for example in data.train}) if unit == "user_uls" else len(data.train)
     assert record.privacy.sample_rate == pytest.approx(10 / units)
@@ -258,7 +259,7 @@ def test_wandb_mirrors_config_history_and_summary_offline(config: Config) -> Non
     assert [row["step"] for row in history] == [1, 2, 3]
     assert not any("NON_PRIVATE" in key for row in history for key in row)
     assert summary["metrics/accuracy"] == record.metrics.accuracy
-    assert summary["privacy/epsilon"] == record.privacy.epsilon
+    assert summary["privacy/epsilon"] == summary["epsilon"] == record.guarantee.shown
     assert summary["parameters/trainable"] == record.parameters.trainable
 
 
@@ -339,7 +340,7 @@ def test_every_way_of_sharing_clip_and_noise_keeps_the_target(config: Config, se
     assert record.status == "done", record.error
     folder = Path(config.compute.output_root) / record.run_id
     privacy = record.privacy
-    assert privacy is not None and privacy.epsilon <= 8
+    assert privacy is not None and record.guarantee.epsilon <= 8
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     planned = PrivacyPlan.from_dict(privacy.plan).noise_multipliers()
     for row, sigma in zip(history, planned, strict=True):
@@ -379,7 +380,7 @@ def test_a_run_without_steps_releases_nothing(config: Config) -> None:
     config.hyperparameter.steps = config.hyperparameter.warmup_steps = 0
     record = run.run(config)
     assert record.status == "done" and record.privacy is not None, record.error
-    assert record.privacy.epsilon == 0.0 and record.privacy.private and record.metrics == record.zero_shot
+    assert record.guarantee.epsilon == 0.0 and record.privacy.private and record.metrics == record.zero_shot
     assert record.parameters is not None and record.parameters.trainable == 0
 
 
@@ -392,7 +393,7 @@ def test_a_private_subspace_is_paid_for_inside_the_target(config: Config, unit: 
         config.privacy.unit, config.privacy.examples_per_user = unit, 2
     record = run.run(config)
     assert record.status == "done" and record.privacy is not None, record.error
-    assert record.privacy.epsilon <= 8 and record.privacy.noise_multiplier > plain
+    assert record.guarantee.epsilon <= 8 and record.privacy.noise_multiplier > plain
     assert [event["group_size"] for event in record.privacy.plan["one_shot"]] == [2 if unit == "user_els" else 1]
 
 
@@ -411,7 +412,7 @@ def test_a_private_run_with_a_bfloat16_backbone(config: Config, quantization: st
     config.environment.sequence_length, config.compute.physical_batch_size = 48, 7
     record = run.run(config)
     assert record.status == "done" and record.privacy is not None, record.error
-    assert record.privacy.private and record.privacy.epsilon <= 8
+    assert record.privacy.private and record.guarantee.epsilon <= 8
     dtypes = {value.dtype for value in weights(Path(config.compute.output_root) / record.run_id).values()}
     assert dtypes == {torch.float32}
 
@@ -563,7 +564,7 @@ def test_encoders_and_encoder_decoders_are_trained_privately(
         config.data.tasks = sorted({example.task for example in load_dataset(config).test if example.options})
     record = run.run(config)
     assert record.status == "done" and record.privacy is not None, record.error
-    assert record.privacy.epsilon is not None and record.privacy.epsilon <= 8
+    assert record.guarantee.epsilon is not None and record.guarantee.epsilon <= 8
     assert record.metrics is not None and record.metrics.n_by_task == record.zero_shot.n_by_task
 
 

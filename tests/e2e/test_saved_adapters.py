@@ -66,7 +66,7 @@ def test_a_fresh_process_gets_the_recorded_accuracy(config: Config, model_folder
         record = records[kind] = run.run(config)
         assert record.status == "done", record.error
         assert record.metrics is not None and record.parameters is not None and record.privacy is not None
-        assert record.privacy.epsilon is not None and record.privacy.epsilon <= 8
+        assert record.guarantee.epsilon is not None and record.guarantee.epsilon <= 8
         assert sum(record.parameters.groups.values()) == record.parameters.trainable
         assert record.provenance["engine"] == adapters.engine_of(kind, "decoder")
         assert record.metrics.response_perplexity != record.zero_shot.response_perplexity

@@ -87,6 +87,11 @@ def test_the_best_score_is_released_and_nothing_tells_which_trial_it_was(config:
     best = found[scores(found).index(max(scores(found)))]
     record = released(search)
     assert (record.privacy, record.metrics, record.cost) == (best.privacy, best.metrics, best.cost)
+    # Whoever knows the cost of this trial alone knows nothing of what it cost to choose it.
+    assert record.guarantee is not None and record.guarantee.of_search
+    assert record.guarantee.epsilon == search.epsilon > best.guarantee.epsilon
+    history = [json.loads(line) for line in (search.folder / "history.jsonl").read_text().splitlines()]
+    assert [row["epsilon"] for row in history] == [None] * 3
     assert record.config["environment"] == best.config["environment"]
     assert record.provenance["started"] == "2026-01-01T00:00:00+00:00" and record.provenance["overrides"] == [
         f"environment.seed={best.config['environment']['seed']}"
@@ -107,9 +112,10 @@ def test_the_record_says_what_the_search_cost(config: Config) -> None:
     stated = record.provenance["repetitions"]
     assert stated["candidates"] == [[vars(event) for event in trained], [vars(event) for event in score]]
     curve = Repetitions(3.0, math.inf).renyi_curve(renyi_curve(trained))  # the larger one at every order
-    assert stated["epsilon"] == optimum(curve, 1e-5)[0] > record.privacy.epsilon == epsilon(trained, 1e-5)
+    assert "epsilon" not in stated and record.guarantee is not None
+    assert record.guarantee.epsilon == search.epsilon == optimum(curve, 1e-5)[0] > epsilon(trained, 1e-5)
     (procedure,) = compositions(results(search.root).runs)
-    assert procedure.epsilon == pytest.approx(stated["epsilon"])
+    assert procedure.epsilon == pytest.approx(search.epsilon)
 
 
 def test_the_sweep_file_costs_what_it_says() -> None:
@@ -159,7 +165,7 @@ def test_without_any_trial_the_backbone_is_released(config: Config) -> None:
     record = released(search)
     assert record.metrics == record.zero_shot and record.privacy is not None
     assert record.privacy.steps == 0 and record.privacy.score is None
-    assert record.provenance["repetitions"]["epsilon"] == search.epsilon
+    assert record.guarantee is not None and record.guarantee.epsilon == search.epsilon
     (procedure,) = compositions(results(search.root).runs)
     assert procedure.epsilon == pytest.approx(search.epsilon)
 
@@ -273,7 +279,7 @@ def test_the_score_counts_right_answers_on_the_validation_split(
     assert examples == data.validation and seen is None
     assert counted == [sum(item.correct for item in found[0])]
     assert record.privacy is not None and (record.privacy.score, record.privacy.score_of) == (counted[0], 20)
-    assert record.privacy.epsilon == max(epsilon([Event(2.0, 1.0)], 1e-5), make_plan(scored, data).epsilon())
+    assert record.guarantee.epsilon == max(epsilon([Event(2.0, 1.0)], 1e-5), make_plan(scored, data).epsilon())
 
 
 def contents(folder: Path) -> dict[str, Any]:

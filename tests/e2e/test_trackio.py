@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from test_cli import SMALL
 
+from dptune.privacy.guarantee import rounded_up
+
 pytest.importorskip("trackio", reason="needs the extra `trackio`")
 
 PROGRAM = """
@@ -55,7 +57,7 @@ def test_history_and_results_are_mirrored_below_the_output_folder_and_nowhere_el
     record = json.loads((tmp_path / "outputs" / name / "record.json").read_text())
     assert [row["step"] for row in found] == [1, 2, 2] and found[0]["learning_rate"]
     assert found[-1]["metrics/accuracy"] == record["metrics"]["accuracy"]
-    assert found[-1]["privacy/epsilon"] == record["privacy"]["epsilon"]
+    assert found[-1]["privacy/epsilon"] == rounded_up(record["guarantee"]["epsilon"])
     assert {row["task"] for row in found[-1]["evaluation/by_task"]["_value"]} == set(  # type: ignore[index, call-overload]
         record["metrics"]["accuracy_by_task"]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 
 from dptune.privacy import plan as plan_module
 from dptune.privacy.plan import PrivacyPlan
+from dptune.privacy.spent import Circumstances, guarantee_of
 
 ROOT = Path(__file__).parents[2]
 PRIVACY = Path(plan_module.__file__).parent
@@ -106,9 +108,10 @@ def test_the_snippet_recomputes_an_epsilon_from_a_record(tmp_path: Path) -> None
         noise_multiplier=1.0,
         max_grad_norm=1.0,
     )
-    privacy = {"plan": plan.to_dict(), "steps": plan.steps, "epsilon": plan.epsilon()}
+    privacy = {"plan": plan.to_dict(), "steps": plan.steps}
+    guarantee = dataclasses.asdict(guarantee_of(plan, tmp_path / "ledger.jsonl", Circumstances("done")))
     record = tmp_path / "record.json"
-    record.write_text(json.dumps({"privacy": privacy}), encoding="utf-8")
+    record.write_text(json.dumps({"privacy": privacy, "guarantee": guarantee}), encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
 
     def snippet() -> subprocess.CompletedProcess[str]:
@@ -117,6 +120,7 @@ def test_the_snippet_recomputes_an_epsilon_from_a_record(tmp_path: Path) -> None
     done = snippet()
     assert done.returncode == 0, done.stderr
     assert f"`{done.stdout.strip()}`" in README
-    # A record whose epsilon is not that of its plan is noticed.
-    record.write_text(json.dumps({"privacy": privacy | {"epsilon": plan.epsilon() / 2}}), encoding="utf-8")
+    # A record whose epsilon is not that of its releases is noticed.
+    guarantee["epsilon"] /= 2
+    record.write_text(json.dumps({"privacy": privacy, "guarantee": guarantee}), encoding="utf-8")
     assert snippet().returncode != 0

@@ -10,7 +10,7 @@ import numpy as np
 from dptune.config.schema import Config
 from dptune.identity import run_id
 from dptune.privacy.plan import PrivacyPlan
-from dptune.records.record import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RunRecord
+from dptune.records.record import Cost, GroupPrivacy, Metrics, Parameters, Privacy, RunRecord, guarantee_of
 
 PLAN = PrivacyPlan(
     num_units=512,
@@ -47,9 +47,9 @@ def plant(
     root: Path, made: Config, a: float, b: float, *, sweep: str | None = "planted", items: bool = True, **privacy: Any
 ) -> RunRecord:
     """Write a finished record with accuracies `a` (of 40 items) and `b` (of 20), and its judged items."""
+    epsilon = privacy.pop("epsilon", made.privacy.target_epsilon)
     stated = {
         "unit": "example",
-        "epsilon": made.privacy.target_epsilon,
         "target_epsilon": made.privacy.target_epsilon,
         "delta": 1e-5,
         "noise_multiplier": 1.0,
@@ -71,6 +71,9 @@ def plant(
         provenance={"data": "d0", "backbone": "b0", "git": "0" * 40, "started": "2026-01-01T10:20:30"},
     )
     folder = root / record.run_id
+    record.guarantee = guarantee_of(record, folder)
+    if record.guarantee.private:
+        record.guarantee = dataclasses.replace(record.guarantee, epsilon=epsilon)
     record.write(folder)
     if items:
         right = [("a", at < round(a * 40)) for at in range(40)] + [("b", at < round(b * 20)) for at in range(20)]

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report.planted import config, plant
@@ -28,7 +29,7 @@ BAD = {
     "a BLEU of 170": (lambda record: record["metrics"].update(bleu=170.0), "outside"),
     "a word for a number": (lambda record: record["metrics"].update(accuracy="high"), "not a run record"),
     "an unknown state": (lambda record: record.update(status="ok"), "status"),
-    "a negative epsilon": (lambda record: record["privacy"].update(epsilon=-1.0), "above 0"),
+    "a negative epsilon": (lambda record: record["guarantee"].update(epsilon=-1.0), "above 0"),
     "done without metrics": (lambda record: record.update(metrics=None), "metrics"),
 }
 
@@ -49,11 +50,16 @@ def test_a_bad_record_is_named_and_left_out(tmp_path: Path, name: str, capsys: p
     assert "0.600" in shown.out and "0.550" not in shown.out
 
 
+def zeroed(record: dict[str, Any], steps: int = 0) -> None:
+    record["privacy"].update(steps=steps)
+    record["guarantee"].update(epsilon=0.0, steps=steps)
+
+
 def test_a_run_of_no_steps_costs_nothing(tmp_path: Path) -> None:
-    path = corrupt(tmp_path, lambda record: record["privacy"].update(epsilon=0.0, steps=0))
+    path = corrupt(tmp_path, zeroed)
     assert not collect(tmp_path).unreadable
     content = json.loads(path.read_text())
-    content["privacy"].update(epsilon=0.0, steps=3)
+    zeroed(content, steps=3)
     path.write_text(json.dumps(content))
     assert "steps must be above 0" in collect(tmp_path).unreadable[0]
 

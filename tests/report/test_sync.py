@@ -284,7 +284,7 @@ def test_a_hash_of_exact_metrics_stays_with_them(wandb: FakeWandb, tmp_path: Pat
     sync(tmp_path, "tracking.allow_adapters=true", "tracking.allow_test_metrics=true")
     metadata = [artifact.metadata for run in wandb.runs for artifact in run.artifacts]
     assert ["record" in item for item in metadata] == [False, True]
-    assert all(item["not_covered"] == ["the 60 test records"] for item in metadata)
+    assert all("the 60 test records" in item["not_covered"] for item in metadata)
 
 
 def test_of_private_data_a_mirror_gets_nothing_before_the_end(wandb: FakeWandb, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ALLOWED: dict[str, set[str]] = {
     "privacy": set(),
     "config": {"privacy"},
-    "records": {"config"},
+    "records": {"config", "privacy"},
     "identity": {"config", "records"},
     "data": {"config", "identity"},
     "models": {"config", "data", "identity", "records"},
@@ -43,7 +43,7 @@ LIGHT = [
     "report",
     "installation",
 ]
-LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection"]
+LIGHT_PRIVACY = ["plan", "accounting", "sampling", "streams", "allocation", "selection", "guarantee", "spent"]
 CHOICES = {"dptune.privacy.rules"} | {
     f"dptune.privacy.rules.{name}"
     for name in ("ALLOCATIONS", "CLIPPINGS", "GROUPINGS", "SCHEDULES", "UNITS", "WEIGHTS", "NoiseMode")

@@ -19,7 +19,14 @@ PAGES = [*ROOT.glob("*.md")]
 PAGES += [page for folder in ("analysis", "src", "sweeps") for page in (ROOT / folder).rglob("*.md")]
 PAGES = sorted(page for page in PAGES if page.name != "CHANGELOG.md")  # It names what was.
 SOURCE = ROOT / "src" / "dptune"
-MADE = {"record.json", "NON_PRIVATE_skipped.txt", "NON_PRIVATE_cost.json", "adapter/", "NON_PRIVATE/"}
+MADE = {
+    "record.json",
+    "NON_PRIVATE_skipped.txt",
+    "NON_PRIVATE_cost.json",
+    "adapter/",
+    "adapter/GUARANTEE.md",
+    "NON_PRIVATE/",
+}
 """What a run makes, and a prefix of names in it."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.removeprefix("$ ").split("  #")[0] for line in README.splitlines() if line.startswith("$ ")]
@@ -143,7 +150,7 @@ def test_the_readmes_python_does_a_run_and_opens_its_adapter(tmp_path: Path, mon
     found: dict[str, Any] = {}
     exec(block, found)
     record, model = found["record"], found["model"]
-    assert record.status == "done" and 0 < record.privacy.epsilon <= 8
+    assert record.status == "done" and 0 < record.guarantee.epsilon <= 8
     assert read(tmp_path / "outputs" / record.run_id) == record
     trained = [value for name, value in model.named_parameters() if "lora_B" in name]
     assert (

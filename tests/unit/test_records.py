@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 
+from dptune.privacy.guarantee import Guarantee, Release
 from dptune.records import frame
 from dptune.records import record as records
 from dptune.records.files import whole_folder, write_once
@@ -21,7 +23,8 @@ def record(run_id: str = "abc", **changes: object) -> RunRecord:
         "config": {"environment": {"seed": 0}},
         "metrics": metrics(),
         "zero_shot": metrics(0.25),
-        "privacy": Privacy(True, "example", 7.9, 8.0, 1e-5, groups={"all": GroupPrivacy(10, 1.0)}),
+        "privacy": Privacy(True, "example", 8.0, 1e-5, groups={"all": GroupPrivacy(10, 1.0)}),
+        "guarantee": Guarantee("adapter", True, 7.9, 1e-5, "example", training=(Release(1.0, 0.1, 3),)),
         "parameters": Parameters(1000, 10),
         "cost": Cost(1.0, 0.5, 100.0, 300.0, "cpu"),
     }
@@ -38,11 +41,15 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_record_of_a_run_that_just_began_is_read(tmp_path: Path) -> None:
     begun = RunRecord(run_id="x", status="running", config={})
     begun.write(tmp_path / "x")
-    assert records.read(tmp_path / "x") == begun
+    found = records.read(tmp_path / "x")
+    assert found is not None and found.guarantee is not None and found.guarantee.released == "unknown"
+    assert dataclasses.replace(found, guarantee=None) == begun
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
-    record(privacy=Privacy(False, plan={"max_grad_norm": math.inf})).write(tmp_path / "abc")
+    record(privacy=Privacy(False, plan={"max_grad_norm": math.inf}), guarantee=Guarantee("adapter", False)).write(
+        tmp_path / "abc"
+    )
     text = (tmp_path / "abc" / "record.json").read_text()
     assert "Infinity" not in text and json.loads(text)["privacy"]["plan"] == {"max_grad_norm": None}
 

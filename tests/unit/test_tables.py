@@ -12,7 +12,7 @@ from dptune.privacy.accounting import Event, rounded_up
 from dptune.privacy.renyi import optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, epsilon_all, score_event
 from dptune.records.code import code_version
-from dptune.records.record import Cost, Metrics, Parameters, Privacy, RunRecord, read
+from dptune.records.record import Cost, Metrics, Parameters, Privacy, RunRecord, guarantee_of, read
 from dptune.report.commands import figures, table, tables
 from dptune.report.render import great, markdown, to_csv, to_latex, write
 from dptune.report.results import Results, load_results, of_sweep
@@ -26,20 +26,25 @@ def finish(job: Job, accuracy: float, root: Path, sweep: str = "smoke") -> None:
     private = job.config.privacy.enabled
     metrics = Metrics(accuracy, {"a": accuracy, "b": accuracy - 0.1}, "b", 0.05, accuracy, 1.2, 60, 60, TASKS)
     floor = dataclasses.replace(metrics, accuracy=0.2, accuracy_by_task={"a": 0.2, "b": 0.2})
-    guarantee = Privacy(
-        private, "example", 7.9, 8.0, 1e-5, 1.0, noise_mode="reproducible", stand_in=True, plan=PLAN.to_dict()
-    )
-    RunRecord(
+    privacy = Privacy(private, "example", 8.0, 1e-5, 1.0, noise_mode="reproducible", stand_in=True, plan=PLAN.to_dict())
+    record = RunRecord(
         run_id=job.run_id,
         status="done",
         config=dataclasses.asdict(job.config),
         sweep=sweep,
         metrics=metrics,
         zero_shot=floor,
-        privacy=guarantee if private else Privacy(False),
+        privacy=privacy if private else Privacy(False),
         parameters=Parameters(1000, 25),
         cost=Cost(3.0, 2.0, 100.0, 300.0, "cpu"),
-    ).write(root / job.run_id)
+    )
+    guaranteed(record, root, epsilon=7.9 if job.config.privacy.enabled else None)
+
+
+def guaranteed(record: RunRecord, root: Path, **stated: object) -> None:
+    """Write a record with its guarantee, of which some fields are given."""
+    record.guarantee = dataclasses.replace(guarantee_of(record, root / record.run_id), **stated)  # type: ignore[arg-type]
+    record.write(root / record.run_id)
 
 
 def smoke(root: Path, *overrides: str) -> list[Job]:
@@ -77,7 +82,7 @@ def test_begun_transcripts_and_superseded_runs_count_in_the_epsilon_of_all(tmp_p
     record = read(tmp_path / jobs[0].run_id)
     assert record is not None and record.privacy is not None
     record.privacy.attempts = 3
-    record.write(tmp_path / jobs[0].run_id)
+    guaranteed(record, tmp_path)
     together = rounded_up(epsilon_all([PLAN.events()] * 4, 1e-5))
     text = markdown(main_table("smoke", of_sweep("smoke", jobs[:1], load_results(tmp_path))))
     assert f"and 2 transcripts that were begun before, is {together:.3f}" in text
@@ -106,7 +111,6 @@ SEARCH = {
     "eta": "inf",
     "score_is_covered": True,
     "candidates": [[vars(event) for event in PLAN.events()], [vars(score_event(1.5))]],
-    "epsilon": 12.3456,
     "delta": 1e-5,
 }
 
@@ -117,7 +121,7 @@ def searched(job: Job, root: Path, **changes: object) -> None:
     record = read(root / job.run_id)
     assert record is not None
     record.provenance["repetitions"] = {key: value for key, value in (SEARCH | changes).items() if value is not None}
-    record.write(root / job.run_id)
+    guaranteed(record, root)
 
 
 def cost_of_a_search() -> np.ndarray:
@@ -132,7 +136,8 @@ def test_a_run_that_a_search_released_costs_the_search(tmp_path: Path) -> None:
     text = shown(tmp_path, [job])
     whole = rounded_up(optimum(cost_of_a_search(), 1e-5)[0])
     assert f"releasing the best of a random, secret number of runs (mean 10) is {whole:.3f} (delta = 1e-05" in text
-    assert "/8; best of K 12.346 (r,p) |" in text and "“best of K”: ε of the search" in text
+    assert f"| {whole:.3f}; best of K (r,p) |" in text and "“best of K”: ε of the search" in text
+    assert "/8" not in text and "7.9" not in text
 
 
 def test_a_search_counts_as_a_whole_beside_other_runs(tmp_path: Path) -> None:
@@ -143,12 +148,12 @@ def test_a_search_counts_as_a_whole_beside_other_runs(tmp_path: Path) -> None:
     text = shown(tmp_path, jobs)
     assert "releasing all 2 runs together, where 1 of them count as the whole search, the best of" in text
     assert f"(mean 10), is {whole:.3f} (delta = 1e-05, unit example, RDP)" in text
-    assert text.count("best of K 12.346") == 1
+    assert text.count("; best of K (r,p) |") == 1 and text.count("| 7.900/8 (r,p) |") == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"score_is_covered": False}, "is not paid for"), ({"candidates": None}, "does not say what its search cost")],
+    [({"score_is_covered": False}, "is not paid for"), ({"candidates": None}, "does not tell what its search cost")],
 )
 def test_a_search_without_its_cost_has_no_epsilon(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     (job, _) = (job for job in smoke(tmp_path) if job.config.privacy.enabled)
@@ -164,7 +169,7 @@ def test_scores_outside_a_search_are_paid_for_on_their_own_records(tmp_path: Pat
         record = read(tmp_path / job.run_id)
         assert record is not None and record.privacy is not None
         record.privacy.score, record.privacy.score_noise_multiplier = 7.0, 0.5
-        record.write(tmp_path / job.run_id)
+        guaranteed(record, tmp_path)
     both = epsilon_all([[Event(0.5, 1.0)]] * 2, 1e-5)
     assert both > epsilon_all([PLAN.events()] * 2, 1e-5)
     assert f"releasing all 2 runs together is {rounded_up(both):.3f}" in shown(tmp_path, jobs)
@@ -179,7 +184,7 @@ def test_cells_say_what_is_missing(tmp_path: Path) -> None:
     assert "1 of 4 runs done" in text
     assert "(1); 1 failed" in text
     assert "1 running or stopped, 1 missing" in text
-    assert "2 runs failed or did not end" in text
+    assert "1 runs failed or did not end, and do not tell what they let out" in text
 
 
 def test_a_sweep_without_any_run_is_all_missing(tmp_path: Path) -> None:
@@ -224,9 +229,8 @@ def test_the_largest_epsilon_of_a_setting_is_shown(tmp_path: Path) -> None:
     for job, epsilon in zip(jobs, (7.1, 7.90001), strict=True):
         finish(job, 0.8, tmp_path)
         record = read(tmp_path / job.run_id)
-        assert record is not None and record.privacy is not None
-        record.privacy.epsilon = epsilon
-        record.write(tmp_path / job.run_id)
+        assert record is not None
+        guaranteed(record, tmp_path, epsilon=epsilon)
     assert "| 7.901/8 (r,p) |" in shown(tmp_path, jobs)
 
 

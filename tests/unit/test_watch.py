@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dptune.config.schema import Config
+from dptune.privacy.guarantee import Guarantee
 from dptune.records.lock import locked
 from dptune.records.record import Metrics, Privacy, RunRecord
 from dptune.runs import watch
@@ -25,8 +26,10 @@ def job(root: Path, name: str, *varied: str) -> Job:
 
 def write(root: Path, name: str, state: str, epsilon: float | None = None) -> None:
     metrics = Metrics(0.5, {"a": 0.5}, "a", 0.0, None, 2.0, 10, None, {"a": 10})
-    privacy = Privacy(epsilon is not None, epsilon=epsilon, target_epsilon=epsilon and 8.0, delta=epsilon and 1e-5)
-    record = RunRecord(name, state, {}, metrics=metrics, privacy=privacy)  # type: ignore[arg-type]
+    private, delta = epsilon is not None, epsilon and 1e-5
+    privacy = Privacy(private, target_epsilon=epsilon and 8.0, delta=delta)
+    guarantee = Guarantee("adapter", private, epsilon, delta, "example")
+    record = RunRecord(name, state, {}, metrics=metrics, privacy=privacy, guarantee=guarantee)  # type: ignore[arg-type]
     if state == "failed":
         record.error = FAILED
     record.write(root / name)

@@ -19,6 +19,8 @@ from scipy import optimize
 
 from dptune.privacy.estimates import epsilon_edgeworth, epsilon_gdp_clt
 from dptune.privacy.events import Event, PlanError, merge
+from dptune.privacy.guarantee import epsilon_text as epsilon_text
+from dptune.privacy.guarantee import rounded_up as rounded_up
 from dptune.privacy.pld import compose, interval
 from dptune.privacy.renyi import epsilon_rdp
 
@@ -61,16 +63,6 @@ def delta(events: Sequence[Event], epsilon: float) -> float:
     Never below 1e-9, which rounding in the Fourier transforms could hide.
     """
     return max(float(compose(events).get_delta_for_epsilon(epsilon)), SMALLEST_DELTA / 10)
-
-
-def rounded_up(epsilon: float) -> float:
-    """Epsilon with three decimals for people to read; rounded up, so that it stays an upper bound."""
-    return math.ceil(epsilon * 1000) / 1000 if math.isfinite(epsilon) else epsilon
-
-
-def epsilon_text(epsilon: float) -> str:
-    """Epsilon for people: `rounded_up`, always with its three decimals."""
-    return f"{rounded_up(epsilon):.3f}"
 
 
 def epsilon_prv(events: Sequence[Event], delta: float, error: float | None = None) -> float:

@@ -177,3 +177,20 @@ def _sync_names(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def begun_steps(path: Path) -> list[dict[str, Any]]:
+    """The rows of steps in a ledger, for whoever only reads it. A last line without an end was never begun.
+
+    Raises:
+        LedgerError: when a row cannot be read.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    try:
+        rows = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+        steps: list[dict[str, Any]] = [row for row in rows if "checkpoint" not in row]
+        if not all({"step", "sample_rate", "noise_multiplier"} <= row.keys() for row in steps):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise LedgerError(f"{path} is damaged: move the run's folder away and start it anew") from None
+    return steps

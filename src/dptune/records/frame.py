@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+from dptune.privacy.guarantee import Guarantee
 from dptune.records.record import RECORD_FILE, Cost, Metrics, Parameters, Privacy, RecordError, RunRecord, read
 
 
@@ -97,13 +98,13 @@ def _inside(value: Any) -> Mapping[str, Any]:
     return vars(value) if type(value) in _NESTED else {}
 
 
-_NESTED = {dict, Metrics, Privacy, Parameters, Cost}
+_NESTED = {dict, Metrics, Privacy, Guarantee, Parameters, Cost}
 
 
 _WHOLE = (
     "privacy.groups",
     "privacy.plan",
-    "privacy.accountants",
+    "guarantee.accountants",
     "provenance.versions",
     "provenance.lock",
     "config.data.columns",

@@ -258,7 +258,7 @@ SUMMARY = {
         "rouge_l",
     ),
     "zero_shot": ("accuracy", "bleu", "rouge_l"),
-    "privacy": ("epsilon", "target_epsilon", "delta", "noise_multiplier", "noise_mode"),
+    "privacy": ("target_epsilon", "delta", "noise_multiplier", "noise_mode"),
     "parameters": ("total", "trainable"),
     "cost": ("seconds", "examples_per_second", "peak_memory_mb"),
 }
@@ -268,10 +268,16 @@ TASK_TABLE = "evaluation/by_task"
 
 
 def mirrored_summary(record: RunRecord, config: TrackingConfig, folder: Path) -> dict[str, Any]:
-    """Accuracy, epsilon, parameter counts and cost, with names such as `metrics/accuracy` and `tasks/<task>`."""
+    """Accuracy, guarantee, parameter counts and cost, with names such as `metrics/accuracy` and `tasks/<task>`."""
     content = dataclasses.asdict(record)
     protected, metrics = is_protected(record), shows_metrics(config, record)
     found: dict[str, Any] = {"status": record.status}
+    if (guarantee := record.guarantee) is not None:
+        found |= {f"guarantee/{name}": value for name, value in guarantee.summary().items()}
+        # The key by which plots know it; and that of the history, of whose last row a mirror makes its summary.
+        found |= dict.fromkeys(("privacy/epsilon", "epsilon"), guarantee.shown)
+        if guarantee.of_search:
+            content["privacy"]["target_epsilon"] = None  # It was that of one trial.
     if protected and config.allow_times and (folder / COST_FILE).is_file():
         content["cost"] = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
     for part, names in SUMMARY.items():
@@ -374,9 +380,8 @@ def adapter_artifact(record: RunRecord, folder: Path, with_hash: bool) -> Any:
     """
     import wandb
 
-    assert record.privacy is not None
-    stated = {name: getattr(record.privacy, name) for name in ("private", "epsilon", "delta", "unit", "noise_mode")}
-    stated |= {"stand_in": record.privacy.stand_in, "not_covered": record.privacy.not_covered}
+    assert record.guarantee is not None
+    stated = record.guarantee.summary()
     if with_hash:
         stated["record"] = file_hash(folder / RECORD_FILE)
     artifact = wandb.Artifact(f"adapter-{record.run_id}", type="adapter", metadata=stated)

@@ -1,7 +1,8 @@
 """The record of one run: its documented schema, how it is written and read.
 
 A run folder `outputs/<run_id>/` holds `record.json` (this schema), `history.jsonl` (one line a step),
-`evaluation.jsonl` (one line a test example), `adapter/` (PEFT format), `.hydra/`, `run.log`. Tables, figures and W&B
+`evaluation.jsonl` (one line a test example), `ledger.jsonl` (one line a private step, written before it), `adapter/`
+(PEFT format, with `GUARANTEE.md`), `.hydra/`, `run.log`. Tables, figures and W&B
 are views of it. No torch here.
 """
 
@@ -16,13 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dptune.config.schema import DataSensitivityConfig
+from dptune.privacy.guarantee import Guarantee, recipe
 from dptune.records.files import write_atomically
 from dptune.records.state import State
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Records of version 1, with an epsilon in `privacy`, are read too: their guarantee is made from what they hold."""
 
 
 RECORD_FILE, HISTORY_FILE, EVALUATION_FILE = "record.json", "history.jsonl", "evaluation.jsonl"
+LEDGER_FILE = "ledger.jsonl"
 
 
 ADAPTER_FOLDER = "adapter"
@@ -89,14 +94,12 @@ class GroupPrivacy:
 
 @dataclass
 class Privacy:
-    """What the run guarantees. `epsilon` is an upper bound by the reference accountant for the whole transcript."""
+    """How the run was trained privately. What that guarantees is in `guarantee`, and nowhere else."""
 
     private: bool
     """False: no guarantee at all."""
     unit: str | None = None
     """What one neighbouring data set lacks: an example, or a user."""
-    epsilon: float | None = None
-    """Epsilon spent by the steps that were done."""
     target_epsilon: float | None = None
     """Epsilon asked for; null when the noise multiplier was given instead."""
     delta: float | None = None
@@ -110,10 +113,9 @@ class Privacy:
     noise_mode: str | None = None
     """`secure`, or `reproducible`: epsilon accounted, not realised for anyone who knows the seed."""
     attempts: int = 1
-    """Transcripts that were begun for this run, forced ones included; going on from a checkpoint begins none. `epsilon`
-    is for one of them."""
+    """Transcripts that were begun for this run, forced ones included; going on from a checkpoint begins none."""
     score: float | None = None
-    """Number of right answers on the validation split, with noise: what a search chooses by. It is in `epsilon`."""
+    """Number of right answers on the validation split, with noise: what a search chooses by. It is paid for."""
     score_noise_multiplier: float | None = None
     """Standard deviation of its noise."""
     score_of: int | None = None
@@ -124,8 +126,6 @@ class Privacy:
     """Whom or what the guarantee says nothing about, in words; of private data only."""
     groups: dict[str, GroupPrivacy] = field(default_factory=dict)
     """Clip and noise by group."""
-    accountants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Epsilon by every accountant; those of kind `estimate` are no guarantee."""
     plan: dict[str, Any] = field(default_factory=dict)
     """The privacy plan, from which everything above can be computed again."""
 
@@ -182,7 +182,9 @@ class RunRecord:
     zero_shot: Metrics | None = None
     """Test metrics of the backbone before training: the floor."""
     privacy: Privacy | None = None
-    """What it guarantees."""
+    """How it was trained privately."""
+    guarantee: Guarantee | None = None
+    """What it guarantees, of all that was begun: the only thing that a view may say of its privacy."""
     parameters: Parameters | None = None
     """How much was trained."""
     cost: Cost | None = None
@@ -205,11 +207,65 @@ class RunRecord:
         content = dataclasses.asdict(self)
         if self.parameters is not None:
             content["parameters"]["fraction"] = self.parameters.fraction
+        content["schema_version"] = SCHEMA_VERSION
         return write_atomically(folder / RECORD_FILE, json.dumps(_finite(content), indent=1) + "\n")
+
+
+def guarantee_of(record: RunRecord, folder: Path, first_version: bool = False, **stated: Any) -> Guarantee:
+    """What a run guarantees now, by its record and the ledger in its folder: of all steps that were begun.
+
+    Args:
+        record: with its plan in `privacy`.
+        folder: of the run.
+        first_version: whether it was read from a file of version 1.
+        **stated: its `epsilon` and `accountants`, where such a file has them.
+    """
+    from dptune.privacy import spent
+
+    if record.privacy is None and (record.config.get("privacy") or {}).get("enabled") is False:
+        return Guarantee("adapter", private=False)
+    if record.privacy is None:
+        return Guarantee("unknown", private=True, not_covered=("the record does not hold a privacy plan",))
+    if not record.privacy.private:
+        return Guarantee("adapter", private=False, stand_in=record.privacy.stand_in)
+
+    def of_config(group: str) -> Mapping[str, Any]:
+        return record.config.get(group) or {}
+
+    tracking = of_config("tracking")
+    circumstances = spent.Circumstances(
+        status=record.status,
+        stand_in=record.privacy.stand_in,
+        score_noise_multiplier=record.privacy.score_noise_multiplier
+        or of_config("privacy").get("score_noise_multiplier"),
+        copies=copies_in(of_config("data_sensitivity")),
+        conversations=of_config("data").get("layout") == "messages",
+        telemetry_is_shown=tracking.get("allow_private", False) and tracking.get("name") != "none",
+        not_covered=tuple(record.privacy.not_covered),
+        attempts=record.privacy.attempts,
+        whole=first_version,
+    )
+    ledger, repetitions = folder / LEDGER_FILE, record.provenance.get("repetitions")
+    return spent.guarantee_of(record.privacy.plan, ledger, circumstances, repetitions, **stated)
+
+
+def copies_in(data_sensitivity: Mapping[str, Any] | DataSensitivityConfig) -> int:
+    """How often one record may be in the training split because dptune itself writes it there again."""
+    given = data_sensitivity if isinstance(data_sensitivity, Mapping) else vars(data_sensitivity)
+    return 2 if given.get("duplicates") else 1
+
+
+def guarantee_page(record: RunRecord) -> str:
+    """The page on its guarantee that lies beside a run's adapter."""
+    assert record.guarantee is not None
+    return record.guarantee.page(record.run_id, recipe(record.guarantee, record.provenance.get("repetitions")))
 
 
 def read(folder: Path) -> RunRecord | None:
     """The record in a run folder, or None when there is none.
+
+    Of a run that is not done, or was begun again since its record was written, the guarantee is made anew: of the steps
+    that its ledger says were begun by now.
 
     Raises:
         RecordError: naming the file, when it is not a record of this schema.
@@ -222,14 +278,16 @@ def read(folder: Path) -> RunRecord | None:
     except (OSError, ValueError) as error:
         raise RecordError(path, f"not readable as JSON ({error}); remove the folder to run it again") from None
     try:
-        if (version := content["schema_version"]) != SCHEMA_VERSION:
-            other = "an older" if version < SCHEMA_VERSION else "a newer"
+        if not 1 <= (version := content["schema_version"]) <= SCHEMA_VERSION:
+            other = "an older" if version < 1 else "a newer"
             raise RecordError(
                 path,
                 f"schema version {version} of {other} dptune, this one reads {SCHEMA_VERSION}; read it with "
                 "the version that wrote it, or remove the folder to run it again",
             )
-        record = _parse(content)
+        record = _parse_first(content, folder) if version == 1 else _parse(content)
+        if version > 1 and (record.guarantee is None or record.status != "done" or _begun_since(folder)):
+            record.guarantee = guarantee_of(record, folder)
         _check(record)
         return record
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -313,6 +371,26 @@ def run_states(root: Path) -> Iterator[RunState | RecordError]:
             yield seen
 
 
+def _begun_since(folder: Path) -> bool:
+    """Whether steps were begun after the record was written, as by a forced run that did not end."""
+    try:
+        return (folder / LEDGER_FILE).stat().st_mtime_ns > (folder / RECORD_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
+def _parse_first(content: dict[str, Any], folder: Path) -> RunRecord:
+    """A record of version 1. What it states as epsilon holds where one transcript is all that there is to it."""
+    privacy, provenance = dict(content["privacy"] or {}), dict(content["provenance"])
+    stated = {name: privacy.pop(name, None) for name in ("epsilon", "accountants")}
+    if repetitions := provenance.get("repetitions"):
+        provenance["repetitions"] = {name: value for name, value in repetitions.items() if name != "epsilon"}
+    record = _parse({**content, "privacy": privacy or None, "provenance": provenance, "guarantee": None})
+    record.guarantee = guarantee_of(record, folder, first_version=True, **stated)
+    record.schema_version = SCHEMA_VERSION
+    return record
+
+
 def _parse(content: dict[str, Any]) -> RunRecord:
     def metrics(part: Mapping[str, Any] | None) -> Metrics | None:
         return None if part is None else Metrics(**part)
@@ -330,6 +408,7 @@ def _parse(content: dict[str, Any]) -> RunRecord:
             "metrics": metrics(content["metrics"]),
             "zero_shot": metrics(content["zero_shot"]),
             "privacy": privacy,
+            "guarantee": None if (stated := content["guarantee"]) is None else Guarantee.from_dict(stated),
             "parameters": parameters,
             "cost": None if cost is None else Cost(**cost),
         }
@@ -350,14 +429,17 @@ def _check(record: RunRecord) -> None:
             raise ValueError(f"{name} holds an accuracy outside [0, 1]")
         if part is not None and not (0 <= (part.bleu or 0) <= 100 and 0 <= (part.rouge_l or 0) <= 1):
             raise ValueError(f"{name} holds a BLEU outside [0, 100] or a ROUGE-L outside [0, 1]")
-    privacy = record.privacy
+    privacy, guarantee = record.privacy, record.guarantee
     if record.is_done and privacy is not None and privacy.private:
+        epsilon = None if guarantee is None else guarantee.epsilon
         # A run of no steps, such as zero-shot, looks at no training data: its epsilon is 0.
-        if privacy.epsilon is not None and not (privacy.epsilon > 0 or privacy.epsilon == privacy.steps == 0):
+        if epsilon is not None and not (epsilon > 0 or epsilon == privacy.steps == 0):
             raise ValueError("epsilon of a private run that took steps must be above 0")
         stated = (privacy.delta, privacy.noise_multiplier)
         if any(value is not None and not value > 0 for value in stated):
             raise ValueError("delta and noise multiplier of a private run must be above 0")
+    if privacy is not None and guarantee is not None and privacy.private != guarantee.private:
+        raise ValueError("privacy and guarantee do not agree on whether the run is private")
 
 
 def _finite(value: Any) -> Any:

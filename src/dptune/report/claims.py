@@ -204,7 +204,7 @@ def _contrast(test: _Test, results: Results, found: Evidence, baseline: Key, pai
 def _where(found: Evidence, test: _Test, pairs: Pairs) -> str:
     """The group of a contrast, for people."""
     columns, rows = found.columns, list(rows_of(pairs))[::2]  # Those of the subject.
-    spent = {float(columns["privacy.target_epsilon"][row] or columns["privacy.epsilon"][row]) for row in rows}
+    spent = {float(columns["privacy.target_epsilon"][row] or columns["guarantee.epsilon"][row]) for row in rows}
     data = columns["config.data.name"][rows[0]]
     if (variant := EMBEDDED_DATA.get(data)) and f"config.data.{variant}" in columns:
         data = f"{data}, {columns[f'config.data.{variant}'][rows[0]]} {variant}"

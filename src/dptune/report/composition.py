@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dptune.privacy.accounting import OF_SEARCHES, REFERENCE, epsilon_text
-from dptune.privacy.events import Event
-from dptune.privacy.plan import PlanError, PrivacyPlan
+from dptune.privacy.accounting import OF_SEARCHES, REFERENCE
+from dptune.privacy.events import Event, PlanError
+from dptune.privacy.guarantee import epsilon_text
 from dptune.privacy.renyi import optimum, renyi_curve
-from dptune.privacy.selection import Repetitions, curve_best, epsilon_all, score_event
+from dptune.privacy.selection import Repetitions, curve_best, epsilon_all
+from dptune.privacy.spent import group_size_of
 from dptune.records.state import State
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ MANY = 12
 OF_RUNS, OF_A_SEARCH = REFERENCE.upper(), OF_SEARCHES.upper()
 """The accountants of what the views state, as they are written there."""
 
-MEAN, SCORE = "provenance.repetitions.mean", "privacy.score_noise_multiplier"
-"""Columns of runs that a search released, and of runs with a score."""
+MEAN = "provenance.repetitions.mean"
+"""Column of runs that a search released."""
 
 
 @dataclass(frozen=True)
@@ -45,47 +46,59 @@ class Composition:
 
 
 def compositions(runs: pd.DataFrame) -> list[Composition]:
-    """One statement for all private runs on the same data, with the same unit and delta; then what they leave out."""
-    done = runs[runs["status"] == "done"]  # Stale runs too: they saw the same data.
-    if not len(done) or "privacy.private" not in done:
+    """One statement for all that was released on the same data, with the same unit and delta; then what it leaves out.
+
+    What runs let out that failed or did not end counts; so do stale runs, which saw the same data.
+    """
+    if not len(runs) or "guarantee.private" not in runs:
         return []
-    private = done[done["privacy.private"] == True]  # noqa: E712
-    keys = [name for name in ("provenance.data", "privacy.unit", "privacy.delta") if name in private]
+    done = runs["status"] == "done"
+    private = runs[(runs["guarantee.private"] == True) & (done | (runs["guarantee.steps"] > 0))]  # noqa: E712
+    keys = [name for name in ("provenance.data", "guarantee.unit", "guarantee.delta") if name in private]
     groups = [group for _, group in private.groupby(keys, sort=False, dropna=False)] if len(private) else []
     found = [item for group in groups for item in _of(group)]
     if len(groups) > 1:
         found = [replace(item, text=f"{item.text} Data {item.data}.") for item in found]
         text = "These runs differ in data, unit or delta: no ε is stated for all of them together."
         found.append(Composition(text, None, None, ()))
-    notes = []
-    if len(private) < len(done):
-        notes.append(f"The {len(done) - len(private)} non-private runs have no ε at all.")
-    if begun := int(runs["state"].isin([State.FAILED, State.BEGUN]).sum()):
-        notes.append(f"{begun} runs failed or did not end; whatever was seen of them is not in the ε above.")
-    return found + [Composition(note, None, None, ()) for note in notes]
+    if without := int((done & (runs["guarantee.private"] != True)).sum()):  # noqa: E712
+        found.append(Composition(f"The {without} non-private runs have no ε at all.", None, None, ()))
+    silent = runs["state"].isin([State.FAILED, State.BEGUN]) & (runs["guarantee.released"] == "unknown")
+    if count := int(silent.sum()):
+        text = f"{count} runs failed or did not end, and do not tell what they let out: it is not in the ε above."
+        found.append(Composition(text, None, None, ()))
+    return found
 
 
 def _of(runs: pd.DataFrame) -> list[Composition]:
     ids = tuple(runs["run_id"])
-    unit, delta = runs["privacy.unit"].iloc[0], float(runs["privacy.delta"].iloc[0])
     data = str(runs["provenance.data"].iloc[0]) if "provenance.data" in runs else "unknown"
+    if (unknown := runs["guarantee.epsilon"].isna()).any():
+        which = "; ".join(
+            f"{row.run_id}: {', '.join(row['guarantee.not_covered'])}" for _, row in runs[unknown].iterrows()
+        )
+        return [Composition(f"No ε is stated for all {len(runs)} runs ({which}).", None, None, ids)]
+    unit, delta = runs["guarantee.unit"].iloc[0], float(runs["guarantee.delta"].iloc[0])
     chosen = runs[MEAN].notna() if MEAN in runs else runs["run_id"].isna()
     try:
         searches = [_search(row) for _, row in runs[chosen].iterrows()]
-        plans, scores = _transcripts(runs[~chosen]), _scores(runs[~chosen])
-        # Transcripts that were begun and killed count in full.
-        events = tuple(event for plan, times in plans for event in plan.events() * times)
-        epsilon, how = _together(events, scores, tuple(searches), delta)
+        training, scores = (_events(runs[~chosen], part) for part in ("training", "scores"))
+        epsilon, how = _together(training, scores, tuple(searches), delta)
     except PlanError as error:
         return [Composition(f"No ε is stated for all {len(runs)} runs: {error}.", None, None, ids)]
     means = ", ".join(dict.fromkeys(f"{search.repetitions.mean:g}" for search in searches))
     best = f"the best of a random, secret number of runs (mean {means})"
+    ended = int((runs["status"] == "done").sum())
     if len(runs) == len(searches) == 1:
         what = f"releasing {best}"
     else:
-        what = f"releasing all {len(runs)} runs together"
-        if (again := sum(times for _, times in plans) - int((~chosen).sum())) > 0:
+        begun = len(runs) - ended
+        unended = f"what {begun} runs let out that failed or did not end"
+        what = f"releasing all {ended} runs together" if ended else unended
+        if (again := int(runs["guarantee.attempts"][~chosen].clip(lower=1).sum()) - int((~chosen).sum())) > 0:
             what += f", and {again} transcripts that were begun before,"
+        if ended and begun:
+            what += f", and {unended},"
         if searches:
             what += f", where {len(searches)} of them count as the whole search, {best},"
     text = f"Epsilon of {what} is {epsilon_text(epsilon)} (delta = {delta:g}, unit {unit}, {how})."
@@ -116,21 +129,9 @@ def _together(
     return optimum(total, delta)[0], OF_A_SEARCH
 
 
-def _transcripts(runs: pd.DataFrame) -> list[tuple[PrivacyPlan, int]]:
-    """Each plan, with the number of its transcripts that were begun: at least one a run, killed ones included."""
-    texts = runs["privacy.plan"].map(repr)
-    begun = runs["privacy.attempts"].astype(int).clip(lower=1).groupby(texts, sort=False).sum()
-    plans = dict(zip(texts, runs["privacy.plan"], strict=True))
-    return [(PrivacyPlan.from_dict(plans[str(text)]), int(times)) for text, times in begun.items()]
-
-
-def _scores(runs: pd.DataFrame) -> tuple[Event, ...]:
-    """The noisy scores that were released outside searches."""
-    if SCORE not in runs:
-        return ()
-    scored = runs[runs[SCORE].notna()]
-    times = scored["privacy.attempts"].astype(int).clip(lower=1)
-    return tuple(score_event(float(sigma)) for sigma, n in zip(scored[SCORE], times, strict=True) for _ in range(n))
+def _events(runs: pd.DataFrame, part: str) -> tuple[Event, ...]:
+    """What the guarantees of some runs are composed of: `training` or `scores`."""
+    return tuple(Event(**vars(release)) for releases in runs[f"guarantee.{part}"] for release in releases)
 
 
 def _search(run: pd.Series[Any]) -> _Search:
@@ -143,7 +144,10 @@ def _search(run: pd.Series[Any]) -> _Search:
     if run.get(f"{prefix}score_is_covered") is not True:
         raise PlanError(f"the score that chose run {run['run_id']} is not paid for")
     try:
-        candidates = tuple(tuple(Event(**event) for event in events) for events in run[f"{prefix}candidates"])
+        size = int(run["guarantee.group_size"])
+        candidates = tuple(
+            tuple(group_size_of(Event(**event), size) for event in events) for events in run[f"{prefix}candidates"]
+        )
         return _Search(candidates, Repetitions(float(run[MEAN]), float(run[f"{prefix}eta"])))
     except (KeyError, TypeError) as error:
         raise PlanError(f"run {run['run_id']} does not say what its search cost ({error})") from None

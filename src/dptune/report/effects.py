@@ -111,6 +111,6 @@ def _curve(found: Evidence, pairs: Pairs, seeds: Sequence[Any], side: int) -> li
     points = []
     for at in pairs.values():
         rows = [pair[side] for seed in seeds for pair in at[seed]]
-        epsilon = np.mean([found.columns["privacy.epsilon"][row] for row in rows])
+        epsilon = np.mean([found.columns["guarantee.epsilon"][row] for row in rows])
         points.append((math.log2(epsilon), float(np.mean([value_of(found, ACCURACY)(row) for row in rows]))))
     return sorted(points)

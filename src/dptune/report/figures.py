@@ -18,7 +18,7 @@ import pandas as pd
 
 from dptune.report.intervals import Estimate
 from dptune.report.results import Results, history
-from dptune.report.settings import Setting
+from dptune.report.settings import TARGET, Setting
 from dptune.report.tables import ACCURACY, MEMORY, SECONDS, estimate
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00"]
@@ -312,18 +312,24 @@ def points(results: Results) -> list[dict[str, Any]]:
         found = estimate(setting, ACCURACY, results.test_items(setting.run_ids))
         if found is None:
             continue
-        spent = [value for value in setting.values("privacy.epsilon") if value is not None]
         rows.append(
             {
                 "setting": setting.label,
                 "method": _method(setting),
-                "epsilon": max(spent, default=None) if setting.private else None,
-                "target": "given σ" if setting.target is None else f"{setting.target:g}",
+                "epsilon": setting.epsilon,
+                "target": _target(setting),
                 "trainable": setting.value("parameters.trainable"),
                 **ends(found, "accuracy"),
             }
         )
     return rows
+
+
+def _target(setting: Setting) -> str:
+    """What a setting was asked to keep, for people."""
+    if setting.of_search:
+        return "search"
+    return "given σ" if setting.asked is None else f"{setting.asked:g}"
 
 
 def ends(found: Estimate, name: str) -> dict[str, Any]:
@@ -463,7 +469,8 @@ def _alone(results: Results, settings: Sequence[Setting], name: str) -> list[dic
     others = [key for key in settings[0].columns if key.startswith("config.") and key not in (name, "config.sweep")]
     others = [key for key in others if len({repr(setting.value(key)) for setting in settings}) > 1]
     families: dict[tuple[str, ...], list[Setting]] = {}
-    for setting in settings:
+    # The target of a trial is none of its search.
+    for setting in (item for item in settings if not (item.of_search and name == TARGET)):
         families.setdefault(tuple(repr(setting.value(key)) for key in others), []).append(setting)
     largest: dict[str, list[Setting]] = {}
     for family in families.values():
@@ -476,7 +483,7 @@ def _alone(results: Results, settings: Sequence[Setting], name: str) -> list[dic
                 row = {
                     "setting": setting.label,
                     "method": _method(setting),
-                    "epsilon": setting.value("privacy.epsilon"),
+                    "epsilon": setting.epsilon,
                 }
                 rows.append(
                     {

@@ -15,15 +15,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dptune.privacy.accounting import epsilon_text
+from dptune.privacy.guarantee import Guarantee, epsilon_text, rounded_up
 from dptune.records.files import write_atomically
-from dptune.records.state import State
 from dptune.report.claims import Claim, claims
-from dptune.report.composition import OF_RUNS, compositions
+from dptune.report.composition import compositions
 from dptune.report.figures import all_figures, thinned
 from dptune.report.results import Results, history
 from dptune.report.settings import SEED, Setting, codes, plain, settings_of
-from dptune.report.tables import ACCURACY, SECONDS, Cell, Table, estimate, in_words, protected
+from dptune.report.tables import ACCURACY, SECONDS, Cell, Table, estimate, in_words
 
 HISTORY_POINTS = 40
 """Steps of a run's history that are shown."""
@@ -142,6 +141,13 @@ def answers(results: Results) -> list[str]:
             f"; the best of {len(members)} settings on the test split, so a little flattered." if members[1:] else "."
         )
         texts.append(text)
+    for item in here:
+        # A search, or runs that were begun again: what they spent is not what one of them aimed at.
+        if item.private and item.target is None and (item.of_search or item.asked) and item.epsilon is not None:
+            found = _accuracy(results, item)
+            what = "the best run of a search" if item.of_search else item.arm
+            said = "unknown" if found is None else in_words(found, 3).text
+            texts.append(f"At ε = {epsilon_text(item.epsilon)} the accuracy of {what} ({item.label}) is {said}.")
     floors = {value for item in here for value in item.values("zero_shot.accuracy") if value is not None}
     ceilings = [found.mean for item in here if not item.private and (found := _accuracy(results, item))]
     if len(floors) == 1:
@@ -288,39 +294,21 @@ RESULTS = (
 
 def statement(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
     """What a run guarantees, in plain words."""
-
-    def of(name: str) -> Any:
-        return columns[name][row] if name in columns else None
-
-    if columns["state"][row] != State.DONE:
-        return ["This run has no result, so nothing is said of its privacy; its ledger says what it began to release."]
-    if not of("privacy.private"):
-        return ["This run is not private: it was trained without clipping and noise and guarantees nothing."]
-    epsilon, delta, unit = of("privacy.epsilon"), of("privacy.delta"), str(of("privacy.unit"))
-    who = protected(unit)
-    texts = [
-        f"Whoever sees everything this run published can tell whether {who} was in the training data only within "
-        f"ε = {epsilon_text(epsilon)} at δ = {delta:g}: whatever they conclude is at most "
-        f"{math.exp(min(epsilon, 700)):.3g} times as likely with {who} as without, but for a chance of {delta:g}."
-        if epsilon is not None and delta is not None
-        else "The record does not say what this run spent.",
-        f"This is an upper bound by the {OF_RUNS} accountant for this run alone; choosing it among others costs more.",
+    guarantee: Guarantee | None = columns["guarantee"][row] if "guarantee" in columns else None
+    if guarantee is None:
+        return ["This run was not begun: nothing of it was released."]
+    texts = guarantee.sentences()
+    if guarantee.private and guarantee.not_covered and guarantee.epsilon is not None:
+        texts.append(f"It does not cover: {'; '.join(guarantee.not_covered)}.")
+    words = [
+        f"{name} {epsilon_text(value)} ({found.get('kind')})"
+        for name, found in guarantee.accountants.items()
+        if name != guarantee.accountant and isinstance(value := found.get("value"), int | float)
     ]
-    accountants = of("privacy.accountants") or {}
-    if isinstance(accountants, dict) and accountants:
-        words = (
-            f"{name} {value.get('value'):.3f} ({value.get('kind')})"
-            for name, value in accountants.items()
-            if isinstance(value.get("value"), int | float)
-        )
-        texts.append("By other accountants: " + ", ".join(words) + ". An estimate is no guarantee.")
-    if of("privacy.noise_mode") == "reproducible":
-        texts.append(
-            "Its noise comes from the seed: the guarantee is accounted, not realised, for whoever knows the seed."
-        )
-    if of("privacy.stand_in"):
-        texts.append("Its data is a public stand-in: the guarantee is stated as if it were private.")
-    elif (judged := of("metrics.n")) is not None:
+    if words:
+        texts.append("The same by other accountants: " + ", ".join(words) + ". An estimate is no guarantee.")
+    judged = columns["metrics.n"][row] if "metrics.n" in columns and not guarantee.stand_in else None
+    if judged is not None:
         texts.append(f"There is no guarantee for the {judged:,.0f} records of the test split: its metrics are exact.")
     return texts
 
@@ -394,12 +382,20 @@ def _history(results: Results, columns: Mapping[str, Sequence[Any]], row: int) -
     }
     names |= {"NON_PRIVATE/loss": "loss"} if public else {}
     rows = history(results.root / str(columns["run_id"][row]))
+    guarantee: Guarantee | None = columns["guarantee"][row]
+    spent = [value for step in rows if isinstance(value := step.get("epsilon"), int | float)]
+    if guarantee is None or not spent or rounded_up(max(spent)) != guarantee.shown:
+        del names["epsilon"]  # It is not the way to what the run guarantees: of a search, of several attempts.
     marked = [at for at, step in enumerate(rows) if step.get("epsilon") is not None]
     kept = thinned(rows, HISTORY_POINTS) if len(rows) > HISTORY_POINTS else rows
     kept = [*kept, *(rows[at] for at in marked if rows[at] not in kept)]
     kept.sort(key=lambda step: int(str(step["step"])))
     return [
-        {short: float(f"{step[name]:.4g}") for name, short in names.items() if isinstance(step.get(name), int | float)}
+        {
+            short: rounded_up(value) if name == "epsilon" else float(f"{value:.4g}")
+            for name, short in names.items()
+            if isinstance(value := step.get(name), int | float)
+        }
         for step in kept
     ]
 

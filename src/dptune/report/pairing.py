@@ -13,7 +13,7 @@ from typing import Any
 
 from dptune.records.state import State
 from dptune.report.results import Results
-from dptune.report.settings import BACKBONE, CONDITION, DATA, GUARANTEE, HYPERPARAMETER, SEED, TARGET, plain
+from dptune.report.settings import BACKBONE, CONDITION, DATA, GUARANTEE, HYPERPARAMETER, OF_SEARCH, SEED, TARGET, plain
 
 SIGMA, PER_USER = "config.privacy.noise_multiplier", "config.privacy.examples_per_user"
 BUDGET = (TARGET, SIGMA, PER_USER, "config.privacy.budget", *(f"config.{name}" for name in GUARANTEE))
@@ -79,7 +79,13 @@ def evidence(results: Results) -> Evidence:
         for part, (starts, left_out) in PARTS.items()
     }
     private = columns.get("privacy.private", ())
-    rows = [row for row, state in enumerate(columns["state"]) if state == State.DONE and private[row]]
+    # What a search released cost the whole search: it is paired with no run that was done by itself.
+    searched = columns.get(OF_SEARCH, ())
+    rows = [
+        row
+        for row, state in enumerate(columns["state"])
+        if state == State.DONE and private[row] and (not searched or searched[row] is None)
+    ]
     runs = tuple(
         Run(row=row, seed=columns[SEED][row], sweep=columns["sweep"][row], **{part: keys[part][row] for part in PARTS})
         for row in rows

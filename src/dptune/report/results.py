@@ -17,6 +17,7 @@ from dptune.records.frame import collect, to_frame
 from dptune.records.record import EVALUATION_FILE, HISTORY_FILE, RunRecord
 from dptune.records.state import State
 from dptune.report.intervals import Answers
+from dptune.report.settings import OF_SEARCH
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,6 +102,9 @@ def of_records(
     if not records:
         return Results(pd.DataFrame({"run_id": [], "status": [], "state": []}), unreadable=unreadable, root=root)
     runs = to_frame(records)
+    guarantees = [record.guarantee for record in records]
+    runs["guarantee"] = pd.Series(guarantees, dtype=object)
+    runs[OF_SEARCH] = [found.shown if found is not None and found.of_search else None for found in guarantees]
     runs["state"] = runs["status"].replace({"running": State.BEGUN})
     for part in ("metrics", "zero_shot"):
         tasks = [name for name in runs if str(name).startswith(f"{part}.accuracy_by_task.")]

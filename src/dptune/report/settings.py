@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dptune.privacy.guarantee import rounded_up
 from dptune.records.state import State
 
 if TYPE_CHECKING:
@@ -23,13 +24,15 @@ NOT_CONDITION = ("config.adapter.", "config.privacy.", *NOT_SETTING)
 """Parts of the config that say which method was used, or are no part of the setting."""
 GUARANTEE = {"privacy.delta": "delta", "privacy.unit": "privacy unit", "privacy.noise_mode": "noise mode"}
 """What an epsilon is stated for: epsilons that differ in one of these cannot be compared."""
+OF_SEARCH = "guarantee.of_search"
+"""Column of the epsilon of the search that released a run, rounded up; null of others."""
 DATA, BACKBONE = "provenance.data", "provenance.backbone"
 MUST_AGREE = {
     **GUARANTEE,
     "privacy.stand_in": "stand-in flag",
     DATA: "data fingerprint",
     BACKBONE: "backbone fingerprint",
-    "provenance.repetitions.epsilon": "epsilon of the search",
+    OF_SEARCH: "epsilon of the search",
 }
 """What must be equal in runs that are averaged, beyond their configs; by column, with its name for people."""
 NAMED = ("model", "adapter", "privacy", "data", "data_sensitivity")
@@ -63,10 +66,30 @@ class Setting:
         """Whether it is trained with a guarantee."""
         return self.value("config.privacy.enabled") is not False
 
+    @cached_property
+    def epsilon(self) -> float | None:
+        """The largest epsilon that one of its runs guarantees, rounded up: of all that was begun, finished or not."""
+        steps, found = self.columns.get("guarantee.steps"), self.columns.get("guarantee.epsilon")
+        if steps is None or found is None:
+            return None
+        begun = [row for row in self.rows if row in self.done or steps[row]]
+        return max((rounded_up(found[row]) for row in begun if found[row] is not None), default=None)
+
+    @property
+    def of_search(self) -> bool:
+        """Whether a search released its runs, so that their epsilon is that of the search."""
+        return self.value(OF_SEARCH) is not None
+
+    @property
+    def asked(self) -> float | None:
+        """The epsilon that was asked for; that of a trial is none of its search."""
+        return self.value(TARGET) if self.private and not self.of_search else None
+
     @property
     def target(self) -> float | None:
-        """Target epsilon."""
-        return self.value("config.privacy.target_epsilon") if self.private else None
+        """The epsilon that was asked for, where its runs keep it."""
+        kept = self.asked is None or self.epsilon is None or self.epsilon <= rounded_up(self.asked)
+        return self.asked if kept else None
 
     @cached_property
     def run_ids(self) -> tuple[str, ...]:
@@ -256,9 +279,12 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
 
 
 def _says_nothing(name: str, row: int, columns: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a value needs no words: how a run without steps would have been trained, or the lack of a target."""
+    """Whether a value needs no words: how a run without steps would have been trained, or no target.
+
+    The target of a trial is none of its search.
+    """
     if name == TARGET:
-        return columns[name][row] is None
+        return columns[name][row] is None or (OF_SEARCH in columns and columns[OF_SEARCH][row] is not None)
     return name.startswith(HYPERPARAMETER) and name != STEPS and STEPS in columns and columns[STEPS][row] == 0
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dptune.privacy.accounting import epsilon_text, rounded_up
+from dptune.privacy.guarantee import epsilon_text, rounded_up
 from dptune.records.code import code_version
 from dptune.records.state import State
 from dptune.report.composition import OF_A_SEARCH, OF_RUNS, Composition, compositions
@@ -363,18 +363,17 @@ def in_words(found: Estimate, digits: int, run_ids: tuple[str, ...] = (), sign: 
 
 
 def epsilon_cell(row: Row) -> Cell:
-    """Epsilon spent over target: the largest spent of its runs counts. With that of a search."""
-    setting = row.setting
+    """Epsilon spent over target, or that of a whole search: the largest of its runs counts."""
+    setting, epsilon = row.setting, row.setting.epsilon
     if not setting.private:
         return Cell("none")
-    spent = _spent(setting)
-    if not spent:
-        return Cell("not recorded")
-    epsilon, target = rounded_up(max(spent)), setting.target
-    parts = Parts(f"{epsilon:.3f}/{NONE if target is None else format(target, 'g')}")
-    if whole := setting.value("provenance.repetitions.epsilon"):
-        epsilon = rounded_up(whole)
-        parts = replace(parts, words=f"best of K {epsilon:.3f}")
+    if epsilon is None:
+        return Cell("unknown" if setting.done else NONE)
+    if setting.of_search:
+        parts = Parts(epsilon_text(epsilon), words="best of K")
+    else:
+        asked = NONE if setting.asked is None else format(setting.asked, "g")
+        parts = Parts(f"{epsilon_text(epsilon)}/{asked}")
     parts = replace(parts, marks=tuple(mark for mark, flag in FLAGS.items() if flag.holds(setting)))
     text = "; ".join(filter(None, (parts.number, parts.words)))
     text += f" ({','.join(parts.marks)})" if parts.marks else ""
@@ -383,8 +382,8 @@ def epsilon_cell(row: Row) -> Cell:
 
 def delta_cell(row: Row) -> Cell:
     """Delta of the epsilon beside it."""
-    setting, delta = row.setting, row.setting.value("privacy.delta")
-    return Cell(f"{delta:g}", delta) if setting.private and _spent(setting) else Cell(NONE)
+    setting, delta = row.setting, row.setting.value("guarantee.delta")
+    return Cell(f"{delta:g}", delta) if setting.private and setting.epsilon is not None else Cell(NONE)
 
 
 def sigma_cell(row: Row) -> Cell:
@@ -515,6 +514,12 @@ class OneRun:
         state, error = self.value("state"), self.value("error")
         return Cell(f"{state}: {error}" if error else state)
 
+    @property
+    def epsilon_cell(self) -> Cell:
+        """What it guarantees; of a run that did not end, of what it began."""
+        epsilon = self.value("guarantee.epsilon")
+        return Cell(NONE) if epsilon is None else Cell(epsilon_text(epsilon), rounded_up(epsilon))
+
     def number(self, column: str, text: Callable[[float], str]) -> Cell:
         """A number of it."""
         value = self.value(column)
@@ -528,7 +533,7 @@ RUN_COLUMNS = (
     Column("run", "run", cell=lambda run: Cell(run.value("run_id"), run_ids=(run.value("run_id"),))),
     Column("state", "state", cell=lambda run: run.state_cell),
     Column("accuracy", "accuracy", "↑", cell=lambda run: run.number(ACCURACY.key, lambda value: f"{value:.4f}")),
-    Column("epsilon", "ε", "↓", cell=lambda run: run.number("privacy.epsilon", epsilon_text)),
+    Column("epsilon", "ε", "↓", cell=lambda run: run.epsilon_cell),
 )
 
 
@@ -557,11 +562,15 @@ class Flag:
 FLAGS = {
     "r": Flag(
         "Noise mode reproducible: ε is accounted, not realised (anyone with the seed can subtract the noise).",
-        lambda setting: setting.value("privacy.noise_mode") == "reproducible",
+        lambda setting: setting.value("guarantee.realised") is False,
     ),
     "p": Flag(
         "The data is a public stand-in: ε is stated as if it were private.",
-        lambda setting: bool(setting.value("privacy.stand_in")),
+        lambda setting: bool(setting.value("guarantee.stand_in")),
+    ),
+    "d": Flag(
+        "The training split holds records several times (duplicates): ε is for all copies of a record.",
+        lambda setting: setting.value("guarantee.unit") == "example" and setting.value("guarantee.group_size") > 1,
     ),
 }
 """By the mark that an epsilon has in a table."""
@@ -585,13 +594,13 @@ def about_epsilon(rows: Sequence[Row]) -> Iterable[str]:
     """Who sees what, and what the number covers."""
     private = _private(row.setting for row in rows)
     if private:
-        who = " or ".join(sorted({protected(str(item.value("privacy.unit"))) for item in private}))
+        who = " or ".join(sorted({str(item.value("guarantee.protects")) for item in private}))
         yield (
             "ε bounds how well anyone who sees every noisy step of one run, and so its adapter, can tell whether "
             f"{who} was trained on (upper bound by the {OF_RUNS} accountant). Several runs, or the choice among them, "
             "cost more."
         )
-    if any(item.value("provenance.repetitions.epsilon") for item in private):
+    if any(item.of_search for item in private):
         yield (
             f"“best of K”: ε of the search that released the run, by the {OF_A_SEARCH} accountant. It covers the "
             "choice, as long as the number of trials, the losing ones and the time they took stay secret."
@@ -602,11 +611,6 @@ def about_cost(rows: Sequence[Row]) -> Iterable[str]:
     """Why a cost is not told."""
     if any(not item.value("privacy.stand_in") for item in _private(row.setting for row in rows)):
         yield "“withheld”: times and memory of runs on private data depend on the batches that were drawn."
-
-
-def protected(unit: str) -> str:
-    """Whom a unit of privacy protects, in words."""
-    return "one record" if unit == "example" else "one user with all their records"
 
 
 def limits(settings: Sequence[Setting]) -> list[str]:
@@ -628,8 +632,8 @@ def flag_notes(settings: Sequence[Setting]) -> list[str]:
     if judged:
         counts = " or ".join(f"{count:,}" for count in sorted(judged))
         lines.append(f"Test split of private data: no guarantee for its {counts} records, whose metrics are exact.")
-    if any((times or 0) > 1 for item in private for times in item.values("privacy.attempts")):
-        lines.append("Some runs were begun more than once; ε is for one transcript of each (their ledgers list all).")
+    if any((times or 0) > 1 for item in private for times in item.values("guarantee.attempts")):
+        lines.append("Some runs were begun more than once; ε is for all that they began (their ledgers list it).")
     return lines
 
 
@@ -655,6 +659,7 @@ SETTING_COLUMNS = (
         floor=Cell("none"),
         notes=about_epsilon,
         tables=BOTH,
+        early=True,
         narrow=ALWAYS,
     ),
     Column("delta", "δ", "", delta_cell, tables=BOTH),
@@ -686,10 +691,6 @@ def _numbered(at: int) -> Cell:
 
 def _private(settings: Iterable[Setting]) -> list[Setting]:
     return [item for item in settings if item.private and item.done]
-
-
-def _spent(setting: Setting) -> list[float]:
-    return [value for value in setting.values("privacy.epsilon") if value is not None]
 
 
 def _is_task(key: str, prefix: str) -> bool:

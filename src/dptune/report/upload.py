@@ -113,7 +113,8 @@ def upload(folder: Path, overrides: Sequence[str]) -> bool:
         tracker = WandbTracker(config, record, folder, anew=marker.outdated)
         try:
             for row in history(folder):
-                tracker.step(row)
+                # Of a search, older histories hold the epsilons of one trial.
+                tracker.step(row | {"epsilon": None} if record.guarantee and record.guarantee.of_search else row)
             tracker.finish(record)
         except BaseException:
             if tracker.run is not None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from dptune.config.schema import Config, is_public
 from dptune.privacy.budget import Spending
 from dptune.privacy.selection import score_event
+from dptune.records.record import LEDGER_FILE
 from dptune.runs.budget import book, is_trial
-from dptune.runs.folder import LEDGER_FILE
 from dptune.runs.setup import Setup
 from dptune.runs.training import ledger_of, load_checkpoint
 from dptune.training.checkpoint import CheckpointError

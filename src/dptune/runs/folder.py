@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dptune.records.lock import RunLock
 
-LOG_FILE, LEDGER_FILE, CHECKPOINT_FOLDER = "run.log", "ledger.jsonl", "checkpoint"
+LOG_FILE, CHECKPOINT_FOLDER = "run.log", "checkpoint"
 
 
 Report = Callable[[str], None]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +14,14 @@ import numpy as np
 from dptune.config.schema import Config, ConfigError, noise_mode
 from dptune.data.sources import Dataset
 from dptune.data.stability import declared_units, stability_of
-from dptune.privacy.accounting import Reported, calibrate, epsilon_text
+from dptune.privacy.accounting import calibrate
 from dptune.privacy.accounting import epsilon as accountant
 from dptune.privacy.events import Event
+from dptune.privacy.guarantee import epsilon_text
 from dptune.privacy.plan import Allocation, Clipping, PlanError, PrivacyPlan, QuantileTracking, Schedule
 from dptune.privacy.selection import score_event
-from dptune.records.record import GroupPrivacy, Privacy
+from dptune.privacy.spent import events_before
+from dptune.records.record import GroupPrivacy, Privacy, RunRecord
 
 
 def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
@@ -143,7 +144,7 @@ def said_if_slow(what: str) -> Iterator[None]:
 def privacy_of(
     plan: PrivacyPlan, config: Config, data: Dataset, steps: int, groups: dict[str, GroupPrivacy] | None = None
 ) -> Privacy:
-    """The guarantee after some steps, computed from the plan that the run was trained with."""
+    """How a run was trained privately, after some steps."""
     if not plan.private:
         return Privacy(
             private=False,
@@ -155,7 +156,6 @@ def privacy_of(
     return Privacy(
         private=True,
         unit=plan.unit,
-        epsilon=plan.epsilon(steps),
         target_epsilon=config.privacy.target_epsilon,
         delta=plan.delta,
         noise_multiplier=plan.noise_multiplier,
@@ -165,24 +165,28 @@ def privacy_of(
         stand_in=data.public,
         not_covered=not_covered(config, data),
         groups=groups or {},
-        accountants={name: dataclasses.asdict(value) for name, value in side_by_side(plan).items()},
         plan=plan.to_dict(),
     )
 
 
-@functools.lru_cache(maxsize=256)
-def side_by_side(plan: PrivacyPlan) -> dict[str, Reported]:
-    """Epsilon by every accountant; runs that differ in their seed share it."""
-    with said_if_slow(f"accounting for {plan.steps:,} steps by every accountant"):
-        return plan.side_by_side()
+def epsilon_marks(plan: PrivacyPlan, rows: Sequence[dict[str, Any]] = ()) -> dict[int, float | None]:
+    """Epsilon after about every tenth of the steps, None without privacy: of the plan, and of earlier attempts.
+
+    Args:
+        plan: of the run.
+        rows: of the ledger once a step was begun.
+    """
+    return _epsilon_marks(plan, events_before(plan, rows) if plan.private else ())
 
 
 @functools.lru_cache(maxsize=256)
-def epsilon_marks(plan: PrivacyPlan) -> dict[int, float | None]:
-    """Epsilon after about every tenth of the steps, None without privacy; all of it depends on the plan alone."""
+def _epsilon_marks(plan: PrivacyPlan, before: tuple[Event, ...]) -> dict[int, float | None]:
     marks = np.unique(np.linspace(0, plan.steps, 11)[1:].round().astype(int))
+    events = {int(step): (*before, *plan.events(int(step))) for step in marks}
+    if not plan.private:
+        return dict.fromkeys(events)
     with said_if_slow(f"accounting for every tenth of {plan.steps:,} steps"):
-        return {int(step): plan.epsilon(int(step)) if plan.private else None for step in marks}
+        return {step: accountant(done, plan.delta) if done else 0.0 for step, done in events.items()}
 
 
 def not_covered(config: Config, data: Dataset) -> list[str]:
@@ -207,12 +211,10 @@ def uncovered_test(config: Config, data: Dataset) -> str:
     )
 
 
-def spent(privacy: Privacy) -> str:
-    """Epsilon that a run spent, rounded up, and its target."""
-    if privacy.epsilon is None:
-        return "non-private"
-    target = f"/{privacy.target_epsilon:g}" if privacy.target_epsilon else ""
-    return f"epsilon {epsilon_text(privacy.epsilon)}{target}"
+def spent(record: RunRecord) -> str:
+    """What a run guarantees and its target, in a few words."""
+    assert record.guarantee is not None and record.privacy is not None
+    return record.guarantee.in_brief(record.privacy.target_epsilon)
 
 
 def describe(plan: PrivacyPlan) -> str:

@@ -20,6 +20,7 @@ from dptune.config.schema import Config, ConfigError
 from dptune.data.batches import Ladder
 from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
+from dptune.privacy.guarantee import GUARANTEE_FILE
 from dptune.privacy.ledger import LedgerError
 from dptune.privacy.selection import noisy_score
 from dptune.records import mirror as tracking
@@ -33,11 +34,13 @@ from dptune.records.record import (
     Metrics,
     Privacy,
     RunRecord,
+    guarantee_of,
+    guarantee_page,
     read,
 )
 from dptune.runs.booking import book_run
 from dptune.runs.folder import CHECKPOINT_FOLDER, Report, RunFolder, Steps, log_traceback
-from dptune.runs.privacy import describe, privacy_of, score_epsilon, spent, uncovered_test
+from dptune.runs.privacy import describe, privacy_of, said_if_slow, spent, uncovered_test
 from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
 from dptune.runs.setup import Setup, load_backbone, set_up
 from dptune.runs.training import AdapterTraining, ledger_of, load_checkpoint
@@ -108,8 +111,10 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         config=dataclasses.asdict(config),
         sweep=config.sweep,
         method=config.method,
+        privacy=privacy_of(setup.plan, config, setup.data, 0),
         provenance=provenance(config, setup, overrides),
     )
+    record.guarantee = guarantee_of(record, folder.path)
     # A forced run replaces a finished record only by a finished one.
     replaces = (before := read(folder.path)) is not None and before.is_done
     if not replaces:
@@ -141,6 +146,7 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
     except Exception as error:
         record.status = "failed"
         record.error = " ".join(f"{type(error).__name__}: {error}".split())
+        record.guarantee = guarantee_of(record, folder.path)
         log_traceback(folder.path)
         if not replaces:
             record.write(folder.path)
@@ -148,6 +154,8 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         folder.log("interrupted; the same command goes on from the last checkpoint")
         raise
     finally:
+        if record.status == "running":
+            record.guarantee = guarantee_of(record, folder.path)
         tracker.finish(record)
     return record
 
@@ -292,7 +300,6 @@ def measure_and_train(
 
     earlier = start.seconds if start else 0.0
     training_begin = time.perf_counter() - earlier
-    record.privacy = privacy_of(plan, config, data, 0)
     if plan.steps:
         record.privacy = AdapterTraining(config, setup, ranks, start, folder, tracker).run()
     training_seconds = time.perf_counter() - training_begin
@@ -303,8 +310,11 @@ def measure_and_train(
     lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in answers)
     folder.lock.check()
     write_atomically(folder.path / EVALUATION_FILE, "".join(lines))
-    save_adapter(model, folder.path / ADAPTER_FOLDER)
+    with said_if_slow(f"accounting for {plan.steps:,} steps by every accountant"):
+        record.guarantee = guarantee_of(dataclasses.replace(record, status="done"), folder.path)
+    save_adapter(model, folder.path / ADAPTER_FOLDER, guarantee_page(record))
     if config.privacy.score_noise_multiplier is not None:
+        assert record.privacy is not None
         right = sum(answer.correct for answer in judge(model.eval(), data.validation, None)[0])
         record.privacy = scored(record.privacy, right, len(data.validation), config, setup)
     cost = Cost(
@@ -323,34 +333,31 @@ _zero_shot: dict[tuple[object, ...], Metrics] = {}
 
 def in_one_line(record: RunRecord) -> str:
     """The finished run in one line."""
-    metrics, floor, privacy, parameters = record.metrics, record.zero_shot, record.privacy, record.parameters
-    assert metrics and floor and privacy and parameters
+    metrics, floor, guarantee, parameters = record.metrics, record.zero_shot, record.guarantee, record.parameters
+    assert metrics and floor and guarantee and parameters
     time_taken = f"  {record.cost.seconds:.1f} s" if record.cost else ""
-    delta = "" if privacy.epsilon is None else f" at delta {privacy.delta:g}"
+    delta = "" if guarantee.epsilon is None else f" at delta {guarantee.delta:g}"
     return (
-        f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent(privacy)}{delta}  "
+        f"accuracy {metrics.accuracy:.3f} (zero-shot {floor.accuracy:.3f})  {spent(record)}{delta}  "
         f"{parameters.trainable:,} of {parameters.total:,} parameters trained{time_taken}"
     )
 
 
 def scored(guarantee: Privacy, right: int, records: int, config: Config, setup: Setup) -> Privacy:
-    """The guarantee of a run that also releases its score.
-
-    No record is both trained on and counted, so that the larger epsilon holds (SPECIFICATION.md 8.2).
-    """
+    """How a run was trained that also releases its score."""
     sigma = config.privacy.score_noise_multiplier
-    assert sigma is not None and guarantee.epsilon is not None
+    assert sigma is not None
     return dataclasses.replace(
         guarantee,
-        epsilon=max(guarantee.epsilon, score_epsilon(sigma, setup.plan.delta)),
         score=noisy_score(right, sigma, setup.keys),
         score_noise_multiplier=sigma,
         score_of=records,
     )
 
 
-def save_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Write the adapter; a half-written folder is never seen."""
+def save_adapter(model: torch.nn.Module, folder: Path, page: str) -> None:
+    """Write the adapter, with a page on what it guarantees; a half-written folder is never seen."""
     with whole_folder(folder) as draft:
         adapters.save(model, draft)
+        write_atomically(draft / GUARANTEE_FILE, page)
         shutil.rmtree(folder, ignore_errors=True)

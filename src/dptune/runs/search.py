@@ -24,13 +24,25 @@ from dptune.config.checks import strict
 from dptune.config.extras import check_extras
 from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, noise_mode
 from dptune.identity import KEY_FILE, keep_local_key, local_key, run_id
-from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.budget import Spending
 from dptune.privacy.events import Event
+from dptune.privacy.guarantee import GUARANTEE_FILE
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
+from dptune.privacy.spent import group_size_of
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records.files import whole_folder, write_atomically, write_once
-from dptune.records.record import RunFailed, RunRecord, has_ended, is_done, read
+from dptune.records.record import (
+    ADAPTER_FOLDER,
+    HISTORY_FILE,
+    RunFailed,
+    RunRecord,
+    copies_in,
+    guarantee_of,
+    guarantee_page,
+    has_ended,
+    is_done,
+    read,
+)
 from dptune.runs.budget import SECRET_FOLDER as SECRET_FOLDER
 from dptune.runs.budget import book
 from dptune.runs.folder import LOG_FILE
@@ -149,7 +161,8 @@ class Search:
         kinds: dict[tuple[Event, ...], None] = {}
         for config in (job.config for job in self.candidates):
             assert config.privacy.score_noise_multiplier is not None
-            kinds[make_plan(config, data).events()] = None
+            copies = copies_in(config.data_sensitivity)
+            kinds[tuple(group_size_of(event, copies) for event in make_plan(config, data).events())] = None
             kinds[(score_event(config.privacy.score_noise_multiplier),)] = None
         return tuple(kinds)
 
@@ -185,8 +198,7 @@ class Search:
                 f"search {self.released.run_id}: every trial failed, nothing is released. NON-PRIVATE: the reasons are "
                 f"in {self.secret}; a new search, with another environment.seed=..., costs as much again"
             )
-        self._let_out(folder_of(trials[best]), record)
-        return f"{self.released.run_id}  {in_one_line(record)}  epsilon of the search {epsilon_text(self.epsilon)}"
+        return f"{self.released.run_id}  {in_one_line(self._let_out(folder_of(trials[best]), record))}"
 
     def _draw(self) -> Draw:
         path = self.secret / DRAW_FILE
@@ -244,8 +256,12 @@ class Search:
         overrides += [f"{name}={value}" for name, value in given.items()]
         return Job(run_id(config), config, tuple(overrides), job.varied)
 
-    def _let_out(self, trial: Path, record: RunRecord) -> None:
-        """Copy a trial without what tells which trial it was: its number, and when it ran."""
+    def _let_out(self, trial: Path, record: RunRecord) -> RunRecord:
+        """Copy a trial without what tells which trial it was: its number, and when it ran; with the search's guarantee.
+
+        Raises:
+            OSError: when the folder cannot be written.
+        """
         config = {**record.config, "compute": {**record.config["compute"], "output_root": str(self.root)}}
         overrides = [item for item in record.provenance["overrides"] if not item.startswith("compute.output_root=")]
         provenance = {
@@ -257,7 +273,6 @@ class Search:
                 "eta": self.repetitions.eta if math.isfinite(self.repetitions.eta) else "inf",
                 "score_is_covered": True,
                 "candidates": [[dataclasses.asdict(event) for event in events] for events in self.events],
-                "epsilon": self.epsilon,
                 "delta": self.candidates[0].config.privacy.delta,
             },
         }
@@ -270,6 +285,7 @@ class Search:
             # The memory of a process is that of all trials that it did; the time of private runs is not told at all.
             cost=record.cost if public else None,
         )
+        released.guarantee = guarantee_of(released, trial)
         try:
             # Filled where only the owner looks, so that a half-made copy tells nothing.
             with whole_folder(self.folder, within=self.secret) as draft:
@@ -277,10 +293,17 @@ class Search:
                 shutil.copytree(trial, draft, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
                 write_atomically(draft / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
                 write_atomically(draft / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(overrides))
+                if (draft / ADAPTER_FOLDER).is_dir():
+                    write_atomically(draft / ADAPTER_FOLDER / GUARANTEE_FILE, guarantee_page(released))
+                if (path := draft / HISTORY_FILE).is_file():
+                    # The epsilons of a trial on its way are not what its release costs.
+                    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+                    write_atomically(path, "".join(json.dumps(row | {"epsilon": None}) + "\n" for row in rows))
                 released.write(draft)
         except OSError:
             if not self.is_finished:  # Another process that does the same search may have been faster.
                 raise
+        return released
 
 
 def trial(tree: DictConfig) -> NotDone | None:

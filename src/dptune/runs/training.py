@@ -14,18 +14,18 @@ from dptune.data.sources import public_examples
 from dptune.identity import kept_key, local_key
 from dptune.models import adapters
 from dptune.models.state import AdapterState
-from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.allocation import lora_group_weights
 from dptune.privacy.gradients import Engine
+from dptune.privacy.guarantee import epsilon_text, rounded_up
 from dptune.privacy.independence import check_bits
 from dptune.privacy.ledger import WriteAheadLedger
 from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.records import mirror as tracking
 from dptune.records.code import code_version
-from dptune.records.record import HISTORY_FILE, GroupPrivacy, Privacy
+from dptune.records.record import HISTORY_FILE, LEDGER_FILE, GroupPrivacy, Privacy
 from dptune.runs.engine import probes
-from dptune.runs.folder import CHECKPOINT_FOLDER, LEDGER_FILE, RunFolder
+from dptune.runs.folder import CHECKPOINT_FOLDER, RunFolder
 from dptune.runs.privacy import epsilon_marks, privacy_of
 from dptune.runs.setup import Setup, training_rows
 from dptune.sweeps.progress import in_time
@@ -92,7 +92,7 @@ class AdapterTraining:
         self.history = list(start.history) if start else []
         self._written = len(self.history)
         self._shown = 0
-        self._marks = epsilon_marks(plan)
+        self._marks: dict[int, float | None] = {}
 
     def run(self) -> Privacy:
         """Do all steps that are left, and say what they guarantee."""
@@ -157,6 +157,8 @@ class AdapterTraining:
             self.path.mechanism.set_public_weights(lora_group_weights(self.groups, norms))
 
     def _after_step(self, step: Step) -> None:
+        # What earlier attempts cost is known once a step was begun.
+        self._marks = self._marks or epsilon_marks(self.setup.plan, self.ledger.rows if self.ledger else ())
         self.history.append(history_row(step, self._marks.get(step.step)))
         if self.folder is None:
             return
@@ -210,7 +212,7 @@ def history_row(step: Step, epsilon: float | None) -> dict[str, Any]:
     return {
         "step": step.step,
         "learning_rate": step.learning_rate,
-        "epsilon": epsilon,
+        "epsilon": None if epsilon is None else rounded_up(epsilon),
         "noise_multiplier": step.effective_noise_multiplier,
         "NON_PRIVATE/seconds": round(step.seconds, 3),
         **{f"noise_std/{group}": value for group, value in step.noise_std.items()},

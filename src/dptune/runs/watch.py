@@ -168,8 +168,8 @@ def result(record: RunRecord) -> str:
     """Accuracy and epsilon of a finished run."""
     from dptune.runs.privacy import spent
 
-    assert record.metrics is not None and record.privacy is not None
-    return f"{record.metrics.accuracy:.3f}  {spent(record.privacy)}"
+    assert record.metrics is not None
+    return f"{record.metrics.accuracy:.3f}  {spent(record)}"
 
 
 def _folder(job: Job) -> Path:
