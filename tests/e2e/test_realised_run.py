@@ -203,8 +203,8 @@ def test_the_score_is_in_the_epsilon_of_a_run(config: Config) -> None:
     alone = done(changed(scored, hyperparameter__steps=0, hyperparameter__warmup_steps=0))
     cost = gaussian_epsilon(3.0, config.privacy.delta)
     assert cost == pytest.approx(1.3, rel=0.2)
-    assert alone.privacy is not None and alone.privacy.epsilon == pytest.approx(cost, rel=2e-3)
-    assert alone.privacy.epsilon >= cost * (1 - 1e-9)
+    assert alone.privacy is not None and alone.guarantee.epsilon == pytest.approx(cost, rel=2e-3)
+    assert alone.guarantee.epsilon >= cost * (1 - 1e-9)
     assert alone.privacy.score is not None
 
 
