@@ -462,13 +462,6 @@ FAULTS = (
         ),
     ),
     Fault(
-        "epsilon for people is rounded down",
-        "privacy/accounting.py",
-        "math.ceil(epsilon * 1000)",
-        "math.floor(epsilon * 1000)",
-        ("privacy/test_accounting.py::test_epsilon_for_people_is_rounded_up",),
-    ),
-    Fault(
         "a target that is missed by a percent",
         "privacy/accounting.py",
         "delta) <= target_epsilon\n",
@@ -784,13 +777,6 @@ FAULTS = (
         ("unit/test_projection.py::test_each_projection_sees_the_data_that_it_may",),
     ),
     Fault(
-        "a score that is not in the epsilon",
-        "runs/run.py",
-        "epsilon=max(guarantee.epsilon, score_epsilon(sigma, setup.plan.delta))",
-        "epsilon=guarantee.epsilon",
-        ("e2e/test_realised_run.py::test_the_score_is_in_the_epsilon_of_a_run",),
-    ),
-    Fault(
         "a search that is charged for its first candidate",
         "runs/search.py",
         "        for config in (job.config for job in self.candidates):\n            assert",
@@ -836,13 +822,6 @@ FAULTS = (
         ),
     ),
     Fault(
-        "attempts that were killed are not charged",
-        "report/composition.py",
-        'runs["privacy.attempts"].astype(int).clip(lower=1).groupby(texts, sort=False).sum()',
-        'runs["privacy.attempts"].astype(int).clip(0, 1).groupby(texts, sort=False).sum()',
-        ("unit/test_tables.py::test_begun_transcripts_and_superseded_runs_count_in_the_epsilon_of_all",),
-    ),
-    Fault(
         "the smaller of training and scores",
         "report/composition.py",
         "return max(parts, default=0.0)",
@@ -862,20 +841,6 @@ FAULTS = (
         'if run.get(f"{prefix}score_is_covered") is not True:',
         'if run.get(f"{prefix}score_is_covered") is Ellipsis:',
         ("unit/test_tables.py::test_a_search_without_its_cost_has_no_epsilon",),
-    ),
-    Fault(
-        "superseded runs saw no data",
-        "report/composition.py",
-        'done = runs[runs["status"] == "done"]',
-        'done = runs[(runs["status"] == "done") & ~runs["state"].eq("superseded")]',
-        ("unit/test_tables.py::test_begun_transcripts_and_superseded_runs_count_in_the_epsilon_of_all",),
-    ),
-    Fault(
-        "runs on other data are one",
-        "report/composition.py",
-        '("provenance.data", "privacy.unit", "privacy.delta")',
-        '("privacy.unit", "privacy.delta")',
-        ("unit/test_tables.py::test_runs_on_other_data_are_never_averaged",),
     ),
     Fault(
         "a record's split depends on its place",
@@ -1204,5 +1169,40 @@ FAULTS = (
         'return "reproducible" if is_published(config.data) else "secure"',
         'return "reproducible"',
         ("unit/test_config.py::test_noise_of_private_data_is_secure_unless_told_otherwise",),
+    ),
+    Fault(
+        "epsilon for people is rounded down",
+        "privacy/guarantee.py",
+        "math.ceil(epsilon * 1000)",
+        "math.floor(epsilon * 1000)",
+        ("report/test_guarantee.py::test_what_people_read_is_rounded_up",),
+    ),
+    Fault(
+        "a score that is not in the epsilon",
+        "privacy/spent.py",
+        "scores = [score_event(sigma)] * max(times, 0) if sigma is not None else []",
+        "scores = [score_event(sigma)] * 0 if sigma is not None else []",
+        ("e2e/test_realised_run.py::test_the_score_is_in_the_epsilon_of_a_run",),
+    ),
+    Fault(
+        "attempts that were killed are not charged",
+        "privacy/spent.py",
+        "steps = Counter(seen for transcript in transcripts for",
+        "steps = Counter(seen for transcript in transcripts[:1] for",
+        ("unit/test_tables.py::test_begun_transcripts_and_superseded_runs_count_in_the_epsilon_of_all",),
+    ),
+    Fault(
+        "superseded runs saw no data",
+        "report/composition.py",
+        'private = runs[(runs["guarantee.private"] == True)',
+        'private = runs[~runs["state"].eq("superseded") & (runs["guarantee.private"] == True)',
+        ("unit/test_tables.py::test_begun_transcripts_and_superseded_runs_count_in_the_epsilon_of_all",),
+    ),
+    Fault(
+        "runs on other data are one",
+        "report/composition.py",
+        '("provenance.data", "guarantee.unit", "guarantee.delta")',
+        '("guarantee.unit", "guarantee.delta")',
+        ("unit/test_tables.py::test_runs_on_other_data_are_never_averaged",),
     ),
 )
