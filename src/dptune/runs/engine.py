@@ -160,8 +160,7 @@ def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
             name=f"{shape.rows} rows of up to {shape.width - ladder.layout.extra} tokens",
             rows=collate(rows, ladder.layout, shape, device),
             others=collate(others, ladder.layout, shape, device),
-            # The shortest has most padding.
-            alone=[(at, collate([rows[at]], ladder.layout, device=device)) for at in [min(1, len(rows) - 1)]],
+            alone=collate(rows[:1], ladder.layout, device=device),
         )
 
 
@@ -170,8 +169,8 @@ def _rows_of(shape: Shape, ladder: Ladder, vocabulary: int, shift: int = 0) -> l
     layout = ladder.layout
     below = max((width for width in ladder.widths if width < shape.width), default=0)
     most, least = shape.width - layout.extra, max(below - layout.extra + 1, 1)
-    sizes = [most, least, (most + least) // 2, *(most - 7 * at % (most - least + 1) for at in range(shape.rows))]
-    responses = [shape.labels, 2, (shape.labels + 1) // 2, *(1 + 3 * at % shape.labels for at in range(shape.rows))]
+    sizes = [(most + least + 1) // 2, least, most, *(most - 7 * at % (most - least + 1) for at in range(shape.rows))]
+    responses = [(shape.labels + 1) // 2, 2, shape.labels, *(1 + 3 * at % shape.labels for at in range(shape.rows))]
     rows = []
     for at, (size, response) in enumerate(zip(sizes[: shape.rows], responses, strict=False)):
         if layout.architecture == "encoder_decoder":
