@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import FILLER, Ladder, Shape, Tensors, collate, example_losses
+from dptune.data.batches import Ladder, Shape, Tensors, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import Backbone
@@ -153,13 +153,10 @@ def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
     """Made-up batches of every shape, with rows of the lengths that it takes."""
     for shape in ladder.shapes:
         rows = _rows_of(shape, ladder, vocabulary)
-        other = _rows_of(shape, ladder, vocabulary, shift=101)[::-1]
-        # In another order, and some that do not count.
-        others = [FILLER if at % 3 == 2 else row for at, row in enumerate(other)]
         yield Probe(
             name=f"{shape.rows} rows of up to {shape.width - ladder.layout.extra} tokens",
             rows=collate(rows, ladder.layout, shape, device),
-            others=collate(others, ladder.layout, shape, device),
+            other=collate(_rows_of(shape, ladder, vocabulary, shift=101)[-1:], ladder.layout, shape, device),
             alone=collate(rows[:1], ladder.layout, device=device),
         )
 
