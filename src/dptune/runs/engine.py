@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -38,6 +39,13 @@ class GradientPath:
     ladder: Ladder
     notes: tuple[str, ...] = ()
     """What was tried before, and why it is not used; for the log."""
+    key: str = ""
+    """A digest of all that the check depended on."""
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for processes that compute alike; 16 bytes."""
+        return hashlib.sha256(f"{self.key} {self.engine} {self.ladder.rows}".encode()).digest()[:16]
 
     def to_json(self) -> str:
         """For the cache; what the ladder is made of is in its key."""
@@ -61,6 +69,8 @@ def checked_path(config: Config, backbone: Backbone, model: torch.nn.Module, pri
         ConfigError: when there is none, with the reason.
     """
     adapters.set_modes(model)
+    if private:
+        _check_positions(config, backbone)
     ladder = Ladder(config.environment.sequence_length, config.compute.physical_batch_size, backbone.layout)
     names = _candidates(config, model)
     key = _key(config, backbone, names, ladder, private)
@@ -70,15 +80,36 @@ def checked_path(config: Config, backbone: Backbone, model: torch.nn.Module, pri
     if key not in _checked:
         _checked[key] = _first_right(config, backbone, model, ladder, names, private)
         write_atomically(place, _checked[key].to_json())
-    return _checked[key]
+    return dataclasses.replace(_checked[key], key=key)
 
 
 _checked: dict[str, GradientPath] = {}
 
 
+def _check_positions(config: Config, backbone: Backbone) -> None:
+    """Raises ConfigError for positions that stretch with what was read before, an evaluation for instance."""
+    settings = backbone.model.config
+    dynamic = '"dynamic"' in json.dumps(getattr(settings, "rope_parameters", None), default=str)
+    longest = config.environment.sequence_length + config.evaluation.max_new_tokens
+    most = getattr(settings, "max_position_embeddings", None)
+    if dynamic and (most is None or longest > most):
+        raise ConfigError(
+            f"model={config.model.name}: its positions stretch with the longest text that was read (rope_type=dynamic),"
+            " so that a gradient would depend on other records; set environment.sequence_length and "
+            f"evaluation.max_new_tokens to at most {most} together"
+        )
+
+
 def _key(config: Config, backbone: Backbone, names: Sequence[str], ladder: Ladder, private: bool) -> str:
     """A digest of everything that the outcome of the check can depend on: what is computed, and with which kernels."""
-    kernels = [torch.__config__.show(), torch.backends.cpu.get_cpu_capability(), platform.processor(), _processor()]
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft")]
+    kernels = [
+        *versions,
+        torch.__config__.show(),
+        torch.backends.cpu.get_cpu_capability(),
+        platform.processor(),
+        _processor(),
+    ]
     switches = sorted(item for item in os.environ.items() if item[0].startswith(_SWITCHES))
     parts = (
         code_version(),
