@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,13 +155,7 @@ def _read(folder: Path, name: str, where: str, precision: str, quantization: str
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    # What the weights are computed with: positions, windows, activations. The rest of a config is about files.
-    settings = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_FILES}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return Backbone(model, tokenizer, digest.hexdigest()[:16], input_format_of(model, tokenizer))
-
-
-_OF_FILES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 CLASSES: dict[Architecture, Any] = {

@@ -113,7 +113,7 @@ def _key(config: Config, backbone: Backbone, names: Sequence[str], ladder: Ladde
     switches = sorted(item for item in os.environ.items() if item[0].startswith(_SWITCHES))
     parts = (
         code_version(),
-        backbone.fingerprint,
+        (backbone.fingerprint, repr(backbone.model.config)),
         dataclasses.astuple(config.adapter),
         (config.hyperparameter.rank, config.hyperparameter.steps, config.environment.precision),
         (config.compute.device, config.compute.threads, kernels, switches),

@@ -282,7 +282,7 @@ def measure_and_train(
     if not plan.steps:
         record.parameters = dataclasses.replace(record.parameters, trainable=0, groups={})
     floor = (
-        setup.backbone.fingerprint,
+        (setup.backbone.fingerprint, repr(setup.backbone.model.config)),
         data.fingerprint,
         sequence_length,
         config.data.template,
