@@ -19,7 +19,7 @@ from dptune.data.batches import (
     physical_batches,
     token_log_probabilities,
 )
-from dptune.data.encoding import Encoded, encode
+from dptune.data.encoding import Encoded, encode, encode_prompts
 from dptune.data.templates import plain as prompt
 
 pytestmark = pytest.mark.numerical
@@ -45,6 +45,23 @@ def test_a_long_prompt_is_cut_from_the_left_and_a_long_response_from_the_right(t
     assert cut.tokens == whole.tokens[-12:] and cut.response == whole.response
     only = encode([("abc", "klmnopqrst" * 3)], tokenizer, 12)[0]
     assert len(only.tokens) == 12 and only.response == 11
+
+
+def test_what_begins_a_text_stands_before_each_prompt_once_and_is_never_cut_away(tokenizer) -> None:
+    begin = (7, 8)
+    bare, begun = encode(PAIRS, tokenizer, 64), encode(PAIRS, tokenizer, 64, begin)
+    assert [row.tokens for row in begun] == [(*begin, *row.tokens) for row in bare]
+    assert [row.response for row in begun] == [row.response for row in bare]
+    for pair in (("abcdefghij" * 3, "no"), ("abc", "klmnopqrst" * 3)):
+        (row,) = encode([pair], tokenizer, 12, begin)
+        assert len(row.tokens) == 12 and row.tokens[:2] == begin
+    prompts = [head for head, _ in PAIRS]
+    assert [row.tokens for row in encode_prompts(prompts, tokenizer, 64, begin)] == [
+        row.tokens[: -row.response] for row in begun
+    ]
+    # A prompt that brings it along has it once.
+    first = tuple(tokenizer("which")["input_ids"][:2])
+    assert encode([("which", "no")], tokenizer, 64, first) == encode([("which", "no")], tokenizer, 64)
 
 
 def test_a_batch_is_padded_on_the_right(tokenizer) -> None:

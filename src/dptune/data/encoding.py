@@ -22,28 +22,58 @@ class Encoded:
     """Number of response tokens at the end, the end-of-sequence token included."""
 
 
-def encode(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> list[Encoded]:
+def encode(
+    pairs: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    begin: tuple[int, ...] = (),
+) -> list[Encoded]:
     """Tokens of (prompt, response) pairs, as a template has made them, with the end of sequence after the response.
 
     A public rule keeps `sequence_length` tokens: the prompt is cut from the left, and a response that is too long by
     itself from the right. Each row depends on its own text only.
+
+    Args:
+        pairs: prompts and their responses.
+        tokenizer: of the backbone.
+        sequence_length: most tokens of a row.
+        begin: tokens before each prompt (`InputFormat.beginning`), which are never cut away.
     """
     prompts = tokenizer([first for first, _ in pairs], add_special_tokens=False)["input_ids"]
     responses = tokenizer([second for _, second in pairs], add_special_tokens=False)["input_ids"]
     rows = []
     for head, tail in zip(prompts, responses, strict=True):
-        tail = [*tail, tokenizer.eos_token_id][: sequence_length - 1]
-        head = head[-(sequence_length - len(tail)) :]
-        rows.append(Encoded((*head, *tail), len(tail)))
+        tail = [*tail, tokenizer.eos_token_id][: sequence_length - len(begin) - 1]
+        rows.append(Encoded((*_cut(head, sequence_length - len(tail), begin), *tail), len(tail)))
     return rows
 
 
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int, begin: tuple[int, ...] = ()
+) -> list[Encoded]:
+    """The same of prompts that are to be gone on with: rows without a response."""
+    tokens = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    return [Encoded(_cut(head, longest, begin), 0) for head in tokens]
+
+
+def _cut(head: Sequence[int], room: int, begin: tuple[int, ...]) -> tuple[int, ...]:
+    """What is kept of a prompt, behind the tokens that begin a text, which it may bring along."""
+    if begin and tuple(head[: len(begin)]) == begin:
+        head = head[len(begin) :]
+    return (*begin, *head[-max(room - len(begin), 1) :])
+
+
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, sequence_length: int, template: str = "plain"
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    template: str = "plain",
+    begin: tuple[int, ...] = (),
 ) -> list[Encoded]:
     """Tokens of examples with their own responses."""
     return encode(
         [(prompt_of(example, tokenizer, template), response_of(example.output, template)) for example in examples],
         tokenizer,
         sequence_length,
+        begin,
     )
