@@ -446,6 +446,8 @@ def test_settings_that_cannot_be_are_refused(backbone: str, name: str, settings:
 @pytest.mark.parametrize("name", ["oft", "boft"])
 def test_blocks_must_divide_the_widths(name: str) -> None:
     model = BACKBONES["llama"]()
+    for part in ("gate_proj", "up_proj"):
+        setattr(model.model.layers[0].mlp, part, torch.nn.Linear(16, 15))
     model.model.layers[0].mlp.down_proj = torch.nn.Linear(15, 16)
     with pytest.raises(ConfigError, match=r"no block of 2 to 2 divides .*common divisor 1\)"):
         attach(model, AdapterConfig(name=name), rank=2, steps=1, seed=0)

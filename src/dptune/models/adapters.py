@@ -22,6 +22,9 @@ from dptune.models.layers import check_rows_are_independent, model_type_of
 from dptune.models.quantization import quantized_layers, refuse_merging
 from dptune.records.record import Parameters
 
+REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError)
+"""What libraries raise when backbone, adapter and engine do not go together."""
+
 
 @dataclass(frozen=True)
 class Attached:
@@ -51,7 +54,15 @@ def attach(model: torch.nn.Module, config: AdapterConfig, *, rank: int, steps: i
     _check_model(config, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted: torch.nn.Module = put_on(model.requires_grad_(False), config, rank, steps)
+        try:
+            adapted: torch.nn.Module = put_on(model.requires_grad_(False), config, rank, steps)
+        except ConfigError:
+            raise
+        except REFUSALS as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(
+                f"adapter={config.name} cannot be put on a backbone of type {model.config.model_type}: {reason}"  # type: ignore[union-attr]
+            ) from error
     for parameter in trainable_parameters(adapted).values():
         parameter.data = parameter.data.float()
     refuse_merging(adapted)

@@ -155,7 +155,7 @@ def _read(folder: Path, name: str, where: str, precision: str, quantization: str
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return Backbone(model, tokenizer, digest.hexdigest()[:16], input_format_of(model, tokenizer))
 
 
@@ -165,8 +165,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if number >= rows:
         raise ConfigError(
-            f"{where}: the tokenizer goes up to token {number} ({token!r}) and the backbone has {rows} embeddings; take "
-            f"the tokenizer that belongs to it, or save it after model.resize_token_embeddings({number + 1})"
+            f"{where}: the tokenizer goes up to token {number} ({token!r}) and the backbone has {rows} embeddings; "
+            f"take the tokenizer that belongs to it, or save it after model.resize_token_embeddings({number + 1})"
         )
 
 
@@ -212,7 +212,7 @@ def input_format_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def beginning_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that the tokenizer's own call puts before a text: Llama, Gemma and Mistral begin with `<s>` or the like."""
+    """Tokens that the tokenizer's own call puts before a text: Llama and Gemma begin with `<s>` or the like."""
     called, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     count = next((at for at in range(len(called)) if called[at : at + len(bare)] == bare), 0)
     return tuple(called[:count])

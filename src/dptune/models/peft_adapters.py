@@ -23,12 +23,12 @@ from dptune.models.layers import (
     check_rank,
     chosen,
     input_embeddings,
-    linear_layers,
     matching,
     model_type_of,
     norms,
     output_head,
     sublayers,
+    trainable_layers,
     widths,
 )
 from dptune.models.soft_prompts import SoftPromptModel, attach_soft_prompt
@@ -129,7 +129,7 @@ def reallocate(model: torch.nn.Module, step: int, released: Mapping[str, torch.T
 def vera(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
     """VeRA (arXiv:2310.11454): random factors that all layers share; two scaling vectors of each layer are trained."""
     # A rank above the widths is usual here: the factors are not trained.
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     return _wrap(model, layers, peft.VeraConfig, r=rank, projection_prng_key=_seed(), save_projection=True)
 
 
@@ -166,19 +166,19 @@ class PlainLoHaLinear(LoHaLinear):
 
 def lokr(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
     """LoKr (arXiv:2309.14859): a Kronecker product, whose larger factor has low rank if that is smaller."""
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     return _wrap(model, layers, peft.LoKrConfig, r=rank, alpha=config.alpha)
 
 
 def oft(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
     """OFT (arXiv:2306.07280): rotates blocks of each layer's inputs; see `block_size`."""
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     return _wrap(model, layers, peft.OFTConfig, r=0, oft_block_size=block_size(layers, rank))
 
 
 def boft(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
     """BOFT (arXiv:2311.06243) with one butterfly factor: block rotations and a scale of each output."""
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     return _wrap(model, layers, peft.BOFTConfig, boft_block_size=block_size(layers, rank), boft_n_butterfly_factor=1)
 
 
@@ -303,7 +303,7 @@ def quiet() -> Iterator[None]:
 
 
 def _linear(model: torch.nn.Module, config: AdapterConfig, rank: int) -> Layers:
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     check_rank(layers, rank)
     return layers
 
@@ -317,8 +317,17 @@ def _wrap(model: torch.nn.Module, layers: Layers, kind: Callable[..., PeftConfig
 def _soft_prompt(model: torch.nn.Module, kind: Callable[..., PeftConfig], **settings: Any) -> Any:
     # One prompt, before the encoder, where there are two stacks.
     settings["num_transformer_submodules"] = 1
+    # PEFT would take the hidden width; some backbones widen (or narrow) what they embed.
+    backbone = cast(Any, model)
+    settings["token_dim"] = backbone.get_input_embeddings().weight.shape[1]
+    if not HEADS & backbone.config.to_dict().keys():
+        settings["num_attention_heads"] = 1  # Asked for, and not used: a state space has none.
     with quiet():
         return attach_soft_prompt(model, kind(task_type=PROMPT_TASK_TYPES[model_type_of(model)], **settings))
+
+
+HEADS = {"num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"}
+"""Where PEFT looks for the number of heads."""
 
 
 def _seed() -> int:

@@ -120,24 +120,61 @@ def _first_right(
 ) -> GradientPath:
     vocabulary, device = len(backbone.tokenizer), config.compute.device
     notes: list[str] = []
+    try:
+        _check_padding(model, ladder, vocabulary, device)
+    except adapters.REFUSALS as error:
+        raise ConfigError(f"adapter={config.adapter.name} on model={config.model.name}: {_in_words(error)}") from error
     for name in names:
         for rows in dict.fromkeys((ladder.rows, 1)):
             path = GradientPath(name, dataclasses.replace(ladder, rows=rows), tuple(notes))
             try:
                 engine = checked_engine(name, model, example_losses, *_few(vocabulary, ladder, device))
-            except EngineError as error:
-                notes.append(f"engine {name}: {error}")
+            except adapters.REFUSALS as error:
+                notes.append(f"engine {name}: {_in_words(error)}")
                 break
             try:
                 if private:
                     check_independence(engine, model, example_losses, list(probes(path.ladder, vocabulary, device)))
-            except EngineError as error:
-                notes.append(f"engine {name}, {rows} row(s) in a batch: {error}")
+            except adapters.REFUSALS as error:
+                notes.append(f"engine {name}, {rows} row(s) in a batch: {_in_words(error)}")
             else:
                 return path
             finally:
                 engine.close()
     raise ConfigError(f"adapter={config.adapter.name} on model={config.model.name}: {notes[-1]}")
+
+
+def _in_words(error: Exception) -> str:
+    """What an engine says, or what a library says of the backbone on made-up records."""
+    if isinstance(error, EngineError):
+        return str(error)
+    return f"the backbone fails on made-up records ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
+def _check_padding(model: torch.nn.Module, ladder: Ladder, vocabulary: int, device: str) -> None:
+    """Raise EngineError when the loss of a row depends on its padding: with and without are compared in each shape."""
+    if any(value.is_floating_point() and value.itemsize < 4 for value in model.parameters()):
+        return  # What rounds otherwise is more than what is looked for.
+    layout = ladder.layout
+    for shape in ladder.shapes:
+        rows = _rows_of(shape, ladder, vocabulary)
+        for row in (rows[at] for at in _padded_ones(rows)):
+            # The column that no row fills is padding, too.
+            spare = 0 if layout.architecture == "decoder" else 1
+            alone = collate([row], layout, Shape(layout.width_of(row) - spare, row.response, 1), device)
+            alone.pop("position_ids", None)
+            batches = alone, collate([row], layout, shape, device)
+            with torch.no_grad():
+                bare, padded = (float(example_losses(model, batch)[0]) for batch in batches)
+            if not abs(bare - padded) <= LOSS_TOLERANCE * max(1.0, abs(bare)):
+                raise EngineError(
+                    f"the loss of a row is {bare:.4f} without padding and {padded:.4f} in batches of up to "
+                    f"{shape.width - layout.extra} tokens: the backbone reads padding, so choose another one"
+                )
+
+
+LOSS_TOLERANCE = 3e-5
+"""Largest difference of a loss with and without padding, of the loss: what rounds otherwise is a hundredth of it."""
 
 
 def _few(vocabulary: int, ladder: Ladder, device: str) -> tuple[Tensors, Tensors]:
@@ -160,9 +197,13 @@ def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
             name=f"{shape.rows} rows of up to {shape.width - ladder.layout.extra} tokens",
             rows=collate(rows, ladder.layout, shape, device),
             others=collate(others, ladder.layout, shape, device),
-            # The shortest has most padding.
-            alone=[(at, collate([rows[at]], ladder.layout, device=device)) for at in [min(1, len(rows) - 1)]],
+            alone=[(at, collate([rows[at]], ladder.layout, device=device)) for at in _padded_ones(rows)],
         )
+
+
+def _padded_ones(rows: Sequence[Encoded]) -> list[int]:
+    """Places of the shortest row, which has most padding, and of one in between, which has more to pay attention to."""
+    return list(dict.fromkeys(min(at, len(rows) - 1) for at in (1, 2)))
 
 
 def _rows_of(shape: Shape, ladder: Ladder, vocabulary: int, shift: int = 0) -> list[Encoded]:
