@@ -7,6 +7,7 @@ does the same of each.
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from backbones_for_tests import BERT, COMMON, seeded
 from peft import PeftModel
+
+from dptune.config.schema import Config, ConfigError
+from dptune.data.batches import collate, example_losses, physical_batches
+from dptune.identity import run_id
+from dptune.models import adapters
+from dptune.models.backbones import CLASSES
+from dptune.runs.setup import set_up, training_rows
+from dptune.runs.training import AdapterTraining
+from dptune.training.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -257,15 +267,6 @@ def trained(name: str, tokenizer: Any, folder: Path, adapter: str = "lora") -> O
     Raises:
         ConfigError: when the architecture is refused.
     """
-    from dptune.config.schema import Config
-    from dptune.data.batches import collate, example_losses, physical_batches
-    from dptune.identity import run_id
-    from dptune.models import adapters
-    from dptune.models.backbones import CLASSES
-    from dptune.runs.setup import set_up, training_rows
-    from dptune.runs.training import AdapterTraining
-    from dptune.training.ranks import Ranks
-
     path = save_backbone(name, tokenizer, folder / "backbone")
     config = Config()
     config.model.name, config.model.path, config.adapter.name = "local", str(path), adapter
@@ -313,3 +314,45 @@ def loss_without_padding(model: Any, row: Encoded, layout: InputFormat) -> torch
 
 def _row(*tokens: int | None) -> torch.Tensor:
     return torch.tensor([tokens])
+
+
+EXPERTS_REASON = "mixture of experts"
+PADDING_REASON = "reads padding"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("ConvBERT", "FNet", "YOSO", "Funnel", "ProphetNet"), PADDING_REASON),
+    "Nystromformer": "cannot read four tokens",
+    **dict.fromkeys(("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "GraniteMoE", "PhiMoE"), EXPERTS_REASON),
+    **dict.fromkeys(("GPT-OSS", "DeepSeek-V2", "DeepSeek-V3", "ERNIE4.5-MoE", "Jamba"), EXPERTS_REASON),
+    **dict.fromkeys(("SwitchTransformers", "NLLB-MoE"), EXPERTS_REASON),
+}
+"""What is refused, and words of the reason."""
+README = Path(__file__).parents[1] / "src" / "dptune" / "models" / "README.md"
+BEGIN, END = "<!-- made by `make architectures` -->\n", "<!-- end -->\n"
+
+
+def table(tokenizer: Any) -> str:
+    """A Markdown table of all architectures: engines that passed the check, or why there is none."""
+    rows, worst = [], 0.0
+    for name, (kind, _) in ARCHITECTURES.items():
+        cells = []
+        for adapter in ("lora", "prompt"):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    outcome = trained(name, tokenizer, Path(folder), adapter)
+                except ConfigError as error:
+                    if adapter == "lora" and REFUSED[name] not in str(error):
+                        raise
+                    cells.append(f"no: {REFUSED[name]}" if adapter == "lora" else "no")
+                else:
+                    cells.append(outcome.engine)
+                    worst = max(worst, outcome.error)
+        rows.append(f"| {name} | `{kind}` | {cells[0]} | {cells[1]} |\n")
+    head = "| architecture | class of transformers | `lora` | `prompt` |\n|---|---|---|---|\n"
+    return f"Largest difference of a loss: {worst:.1e}.\n\n{head}{''.join(rows)}"
+
+
+if __name__ == "__main__":
+    from conftest import make_tokenizer
+
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}{table(make_tokenizer())}{END}{rest.partition(END)[2]}", encoding="utf-8")

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -65,6 +65,8 @@ def attach(model: torch.nn.Module, config: AdapterConfig, *, rank: int, steps: i
             ) from error
     for parameter in trainable_parameters(adapted).values():
         parameter.data = parameter.data.float()
+    if isinstance(adapted, PeftModel):
+        peft_adapters.refuse_merging_ties(adapted)
     refuse_merging(adapted)
     adapted.attached = Attached(config, rank, steps)  # type: ignore[assignment]  # not a submodule
     set_modes(adapted)
@@ -135,11 +137,16 @@ def save(model: torch.nn.Module, folder: Path) -> None:
     PEFT's adapters are written as `PeftModel.from_pretrained` opens them, the others as safetensors. `load_adapter`
     opens both.
     """
-    if isinstance(model, PeftModel):
-        peft_adapters.save(model, folder)
+    if is_peft(model):
+        peft_adapters.save(cast(PeftModel, model), folder)
     else:
         attached = _attached(model)
         own_adapters.save(model, attached.config, attached.rank, attached.steps, folder)
+
+
+def is_peft(model: torch.nn.Module) -> bool:
+    """Whether PEFT opens what `save` writes of it."""
+    return isinstance(model, PeftModel)
 
 
 def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:

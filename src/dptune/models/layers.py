@@ -123,7 +123,9 @@ def used(model: Any, layers: Layers) -> Layers:
         return hook
 
     tokens = torch.tensor([[5, 6, 7, 8]], device=next(model.parameters()).device)
-    inputs = {"decoder_input_ids": tokens} if getattr(model.config, "is_encoder_decoder", False) else {}
+    inputs: dict[str, Any] = {} if model_type_of(model) == "encoder" else {"use_cache": False}
+    if model_type_of(model) == "encoder_decoder":
+        inputs["decoder_input_ids"] = tokens
     handles = [layer.register_forward_hook(mark(name)) for name, layer in layers.items()]
     try:
         with torch.enable_grad():

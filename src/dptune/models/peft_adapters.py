@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import warnings
 from collections import OrderedDict
@@ -16,6 +18,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.boft import layer as boft_layer
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
 from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.models.layers import (
@@ -262,6 +265,55 @@ def save(model: PeftModel, folder: Path) -> None:
         )
     if pattern is not None:
         config.rank_pattern = pattern
+    if tied := tied_layers(model):
+        _untie(folder, tied)
+
+
+def tied_layers(model: PeftModel) -> Layers:
+    """Layers with an adapter whose frozen weight is that of another such layer, but for the first one of each weight.
+
+    PEFT merges into a weight in place: each of them would get what was learned for the others.
+    """
+    seen: set[int] = set()
+    found: Layers = {}
+    for name, layer in _backbone(model).named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight
+            if id(weight) in seen:
+                found[name] = cast(torch.nn.Module, layer)
+            seen.add(id(weight))
+    return found
+
+
+def refuse_merging_ties(model: PeftModel) -> None:
+    """Make PEFT's merge into a weight that layers with an adapter share an error; what `save` wrote can be merged."""
+
+    def refuse() -> None:
+        raise ValueError(
+            "embeddings and output head share one weight, into which the adapters of both cannot be merged; save the "
+            "adapter, which unties them, and merge what was saved (dptune merge)"
+        )
+
+    if tied_layers(model):
+        cast(Any, model.base_model)._check_merge_allowed = refuse
+
+
+@torch.no_grad()
+def _untie(folder: Path, tied: Layers) -> None:
+    """In a saved adapter, replace what was learned for tied layers by the whole layer, which PEFT keeps apart."""
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, config = load_file(weights), json.loads(settings.read_text(encoding="utf-8"))
+    for name, layer in tied.items():
+        prefix = f"base_model.model.{name}."
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{prefix}lora_")}
+        alone: Any = copy.deepcopy(layer)
+        alone.merge()
+        merged = alone.get_base_layer().state_dict()
+        tensors |= {f"{prefix}{key}": value.detach().cpu().contiguous().clone() for key, value in merged.items()}
+    config["target_modules"] = sorted(set(config["target_modules"]) - tied.keys())
+    config["modules_to_save"] = sorted(tied)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_peft_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dptune.config.schema import Config, ConfigError
 from dptune.data.batches import Ladder
 from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
+from dptune.models.card import CARD_FILE, adapter_card
 from dptune.privacy.guarantee import GUARANTEE_FILE
 from dptune.privacy.ledger import LedgerError
 from dptune.privacy.selection import noisy_score
@@ -312,7 +313,8 @@ def measure_and_train(
     write_atomically(folder.path / EVALUATION_FILE, "".join(lines))
     with said_if_slow(f"accounting for {plan.steps:,} steps by every accountant"):
         record.guarantee = guarantee_of(dataclasses.replace(record, status="done"), folder.path)
-    save_adapter(model, folder.path / ADAPTER_FOLDER, guarantee_page(record))
+    card = adapter_card(config, adapters.is_peft(model))
+    save_adapter(model, folder.path / ADAPTER_FOLDER, {GUARANTEE_FILE: guarantee_page(record), CARD_FILE: card})
     if config.privacy.score_noise_multiplier is not None:
         assert record.privacy is not None
         right = sum(answer.correct for answer in judge(model.eval(), data.validation, None)[0])
@@ -355,9 +357,10 @@ def scored(guarantee: Privacy, right: int, records: int, config: Config, setup: 
     )
 
 
-def save_adapter(model: torch.nn.Module, folder: Path, page: str) -> None:
-    """Write the adapter, with a page on what it guarantees; a half-written folder is never seen."""
+def save_adapter(model: torch.nn.Module, folder: Path, pages: Mapping[str, str]) -> None:
+    """Write the adapter, with pages on what it is and guarantees; a half-written folder is never seen."""
     with whole_folder(folder) as draft:
         adapters.save(model, draft)
-        write_atomically(draft / GUARANTEE_FILE, page)
+        for name, page in pages.items():
+            write_atomically(draft / name, page)
         shutil.rmtree(folder, ignore_errors=True)
