@@ -77,3 +77,65 @@ def encode_examples(
         sequence_length,
         begin,
     )
+
+
+FEWEST_PROMPT_TOKENS = 4
+"""With fewer left, a prompt asks for nothing."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How many records of a data set lose something to `sequence_length`."""
+
+    records: int = 0
+    cut: int = 0
+    """Something of prompt or response is cut off."""
+    no_instruction: int = 0
+    """Nothing of the instruction is left."""
+    few_tokens: int = 0
+    """Fewer than `FEWEST_PROMPT_TOKENS` tokens of the prompt are left."""
+    same_options: int = 0
+    """Two options are equal as far as they are kept, so that the first of them is always chosen."""
+
+    def in_words(self, sequence_length: int) -> str | None:
+        """What to say of it, in one line; None when nothing is cut."""
+        parts = [
+            (self.no_instruction, "lose their whole instruction"),
+            (self.few_tokens, f"keep fewer than {FEWEST_PROMPT_TOKENS} tokens of their prompt"),
+            (self.same_options, "have options that are equal as far as they are kept"),
+        ]
+        if not self.cut:
+            return None
+        said = "".join(f"; {count} {what}" for count, what in parts if count)
+        return f"environment.sequence_length={sequence_length}: {self.cut} of {self.records} records are cut{said}"
+
+
+def cuts(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    template: str = "plain",
+    begin: tuple[int, ...] = (),
+) -> Cuts:
+    """What `encode` cuts off, with every option of a record."""
+    if not examples:
+        return Cuts()
+    prompts = [prompt_of(example, tokenizer, template) for example in examples]
+    heads = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    texts = sorted({text for example in examples for text in (example.output, *(example.options or ()))})
+    spoken = tokenizer([response_of(text, template) for text in texts], add_special_tokens=False)["input_ids"]
+    tails = {text: (*tokens, tokenizer.eos_token_id) for text, tokens in zip(texts, spoken, strict=True)}
+    most = sequence_length - len(begin) - 1
+    found = dict.fromkeys(("cut", "no_instruction", "few_tokens", "same_options"), 0)
+    for example, prompt, head in zip(examples, prompts, heads, strict=True):
+        whole = [tails[text] for text in dict.fromkeys(example.options or (example.output,))]
+        longest = min(max(map(len, whole)), most)
+        kept = min(len(head), sequence_length - longest - len(begin))
+        found["cut"] += kept < len(head) or any(len(tail) > most for tail in whole)
+        found["same_options"] += len({tail[:most] for tail in whole}) < len({*whole})
+        if kept < len(head):
+            found["few_tokens"] += kept < FEWEST_PROMPT_TOKENS
+            before = prompt[: prompt.find(example.instruction) + len(example.instruction)]
+            instruction = tokenizer(before, add_special_tokens=False)["input_ids"]
+            found["no_instruction"] += len(head) - kept >= len(instruction)
+    return Cuts(len(examples), **found)

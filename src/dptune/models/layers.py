@@ -130,7 +130,8 @@ def used(model: Any, layers: Layers) -> Layers:
     try:
         with torch.enable_grad():
             logits = model(input_ids=tokens, **inputs).logits
-            gradients = torch.autograd.grad(logits.float().sum(), list(marks.values()), allow_unused=True)
+            total = logits.float().sum()
+            gradients = torch.autograd.grad(total, list(marks.values()), allow_unused=True) if marks else ()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(

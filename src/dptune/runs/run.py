@@ -43,7 +43,7 @@ from dptune.runs.booking import book_run
 from dptune.runs.folder import CHECKPOINT_FOLDER, Report, RunFolder, Steps, log_traceback
 from dptune.runs.privacy import describe, privacy_of, said_if_slow, spent, uncovered_test
 from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
-from dptune.runs.setup import Setup, load_backbone, set_up
+from dptune.runs.setup import Setup, load_backbone, said_of_cuts, set_up
 from dptune.runs.training import AdapterTraining, ledger_of, load_checkpoint
 from dptune.training import checkpoint
 from dptune.training.checkpoint import Checkpoint, CheckpointError, CheckpointForged
@@ -132,6 +132,8 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         folder.say(f"{setup.data.skipped.count} records were skipped: {folder.path / SKIPPED_FILE}")
         skipped = "".join(f"{line}\n" for line in setup.data.skipped.messages)
         write_atomically(folder.path / SKIPPED_FILE, skipped)
+    if (lost := said_of_cuts(setup, config)) is not None:
+        folder.say(lost)
     if not setup.data.public:
         folder.log(uncovered_test(config, setup.data))
     tracker = tracking.start(config.tracking, record, folder.path)

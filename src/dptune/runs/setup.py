@@ -11,7 +11,7 @@ import torch
 from dptune.config.adapters import ADAPTERS
 from dptune.config.extras import check_extras, require
 from dptune.config.schema import Config, ConfigError
-from dptune.data.encoding import Encoded, encode_examples
+from dptune.data.encoding import Cuts, Encoded, cuts, encode_examples
 from dptune.data.schema import Example
 from dptune.data.sources import Dataset, public_examples
 from dptune.data.sources import load_dataset as load_data
@@ -130,4 +130,20 @@ def training_rows(setup: Setup, sequence_length: int, template: str) -> list[Enc
     return _training_rows[key]
 
 
+def said_of_cuts(setup: Setup, config: Config) -> str | None:
+    """What `environment.sequence_length` cuts off in all of the data, in one line; runs of a process share it.
+
+    It counts records: of private data it is for their holder's terminal alone.
+    """
+    data, backbone, template = setup.data, setup.backbone, config.data.template
+    length = config.environment.sequence_length
+    key = (data.fingerprint, backbone.fingerprint, length, template)
+    if key not in _cuts:
+        _cuts.clear()
+        examples = [*data.train, *data.validation, *data.test]
+        _cuts[key] = cuts(examples, backbone.tokenizer, length, template, backbone.layout.beginning(template))
+    return _cuts[key].in_words(length)
+
+
+_cuts: dict[tuple[str, str, int, str], Cuts] = {}
 _training_rows: dict[tuple[str, str, int, str], list[Encoded]] = {}
