@@ -38,7 +38,7 @@ def test_a_run_is_booked_once_and_every_new_transcript_of_it_again(private: Conf
     record = run(private)
     (booking,) = the_account().bookings
     assert record.privacy is not None
-    assert (booking.run, booking.epsilon, booking.delta) == (record.run_id, record.privacy.epsilon, 1e-4)
+    assert (booking.run, booking.epsilon, booking.delta) == (record.run_id, record.guarantee.epsilon, 1e-4)
     run(private)  # It is finished.
     assert len(the_account().bookings) == 1
     forced = dataclasses.replace(private, compute=dataclasses.replace(private.compute, force=True))

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dptune.config.schema import Config, ConfigError
 from dptune.models import adapters
-from dptune.models.card import CARD_FILE
 from dptune.privacy.guarantee import GUARANTEE_FILE
+from dptune.runs.card import CARD_FILE
 from dptune.runs.merging import merge, merged
 from dptune.runs.run import run
 

@@ -99,7 +99,7 @@ def test_the_probes_have_every_shape_and_rows_of_the_lengths_that_it_takes(backb
         for response in {1, 2, length // 2 or 1, length - 1}:
             shape = ladder.shape_of(Encoded((1,) * length, response))
             assert (shape.rows, shape.labels, shape.width) in found
-    assert all(probe.rows["labels"].shape == probe.others["labels"].shape for probe in found.values())
+    assert all(probe.rows["labels"].shape == probe.other["labels"].shape for probe in found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

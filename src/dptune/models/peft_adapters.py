@@ -278,8 +278,9 @@ def tied_layers(model: PeftModel) -> Layers:
     found: Layers = {}
     for name, layer in _backbone(model).named_modules():
         if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().weight
-            if id(weight) in seen:
+            # A rounded layer has no parameter, and makes its weight anew at each use.
+            weight = dict(layer.get_base_layer().named_parameters(recurse=False)).get("weight")
+            if weight is not None and id(weight) in seen:
                 found[name] = cast(torch.nn.Module, layer)
             seen.add(id(weight))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dptune.config.schema import Config, is_public
+from dptune.config.schema import Config
 from dptune.privacy.budget import Spending
 from dptune.privacy.selection import score_event
 from dptune.records.record import LEDGER_FILE
@@ -26,7 +26,7 @@ def book_run(config: Config, setup: Setup, folder: Path) -> None:
         ConfigError: when the budget does not allow it; nothing is written then.
     """
     plan, score = setup.plan, config.privacy.score_noise_multiplier
-    if is_public(config.data) or is_trial(folder):
+    if is_trial(folder):
         return
     events, scores = plan.events(), [] if score is None else [score_event(score)]
     if plan.private and not events and not scores:

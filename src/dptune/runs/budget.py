@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dptune.config.files import data_files
-from dptune.config.schema import Config, ConfigError
+from dptune.config.schema import Config, ConfigError, is_public
 from dptune.data.sources import Dataset
 from dptune.identity import content_hash, kept_key, keyed_hash, local_key
 from dptune.privacy.accounting import epsilon_text
@@ -59,7 +59,7 @@ def book(config: Config, data: Dataset, run: str, folder: Path, spending: Spendi
     Raises:
         ConfigError: when the run would exceed the budget, or the account cannot be read or written.
     """
-    if data.public:
+    if is_public(config.data):
         return
     token = _token(folder)
     try:

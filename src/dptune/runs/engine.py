@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import FILLER, Ladder, Shape, Tensors, collate, example_losses
+from dptune.data.batches import Ladder, Shape, Tensors, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import Backbone
@@ -190,14 +190,11 @@ def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
     """Made-up batches of every shape, with rows of the lengths that it takes."""
     for shape in ladder.shapes:
         rows = _rows_of(shape, ladder, vocabulary)
-        other = _rows_of(shape, ladder, vocabulary, shift=101)[::-1]
-        # In another order, and some that do not count.
-        others = [FILLER if at % 3 == 2 else row for at, row in enumerate(other)]
         yield Probe(
             name=f"{shape.rows} rows of up to {shape.width - ladder.layout.extra} tokens",
             rows=collate(rows, ladder.layout, shape, device),
-            others=collate(others, ladder.layout, shape, device),
-            alone=[(at, collate([rows[at]], ladder.layout, device=device)) for at in _padded_ones(rows)],
+            other=collate(_rows_of(shape, ladder, vocabulary, shift=101)[-1:], ladder.layout, shape, device),
+            alone=collate(rows[:1], ladder.layout, device=device),
         )
 
 
@@ -211,8 +208,8 @@ def _rows_of(shape: Shape, ladder: Ladder, vocabulary: int, shift: int = 0) -> l
     layout = ladder.layout
     below = max((width for width in ladder.widths if width < shape.width), default=0)
     most, least = shape.width - layout.extra, max(below - layout.extra + 1, 1)
-    sizes = [most, least, (most + least) // 2, *(most - 7 * at % (most - least + 1) for at in range(shape.rows))]
-    responses = [shape.labels, 2, (shape.labels + 1) // 2, *(1 + 3 * at % shape.labels for at in range(shape.rows))]
+    sizes = [(most + least + 1) // 2, least, most, *(most - 7 * at % (most - least + 1) for at in range(shape.rows))]
+    responses = [(shape.labels + 1) // 2, 2, shape.labels, *(1 + 3 * at % shape.labels for at in range(shape.rows))]
     rows = []
     for at, (size, response) in enumerate(zip(sizes[: shape.rows], responses, strict=False)):
         if layout.architecture == "encoder_decoder":

@@ -15,11 +15,11 @@ from dptune.config.checks import strict
 from dptune.config.schema import Config, ConfigError
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
-from dptune.models.card import CARD_FILE, merged_card
 from dptune.models.peft_adapters import quiet
 from dptune.privacy.guarantee import GUARANTEE_FILE
 from dptune.records.files import whole_folder
 from dptune.records.record import ADAPTER_FOLDER, read
+from dptune.runs.card import CARD_FILE, merged_card
 
 MERGED_FOLDER = "merged"
 """Where a merged model is written, in its run's folder."""

@@ -20,7 +20,6 @@ from dptune.config.schema import Config, ConfigError
 from dptune.data.batches import Ladder
 from dptune.identity import keep_local_key, run_id
 from dptune.models import adapters
-from dptune.models.card import CARD_FILE, adapter_card
 from dptune.privacy.guarantee import GUARANTEE_FILE
 from dptune.privacy.ledger import LedgerError
 from dptune.privacy.selection import noisy_score
@@ -40,6 +39,7 @@ from dptune.records.record import (
     read,
 )
 from dptune.runs.booking import book_run
+from dptune.runs.card import CARD_FILE, adapter_card
 from dptune.runs.folder import CHECKPOINT_FOLDER, Report, RunFolder, Steps, log_traceback
 from dptune.runs.privacy import describe, privacy_of, said_if_slow, spent, uncovered_test
 from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
