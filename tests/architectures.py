@@ -130,6 +130,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**WIDE, "num_key_value_heads": 2, "attn_layer_indices": [1]}
         | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8},
     ),
+    "Granite 4": (
+        "GraniteMoeHybridForCausalLM",
+        {**WIDE, "num_key_value_heads": 2, "num_local_experts": 0, "shared_intermediate_size": 48}
+        | {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+        | {"mamba_n_groups": 1, "mamba_chunk_size": 8},
+    ),
     # Encoders.
     "BERT": ("BertForMaskedLM", WIDE),
     "RoBERTa": ("RobertaForMaskedLM", WIDE),

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import Ladder, Shape, Tensors, collate, example_losses
+from dptune.data.batches import InputFormat, Ladder, Shape, Tensors, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import Backbone
@@ -157,20 +157,26 @@ def _check_padding(model: torch.nn.Module, ladder: Ladder, vocabulary: int, devi
         return  # What rounds otherwise is more than what is looked for.
     layout = ladder.layout
     for shape in ladder.shapes:
-        rows = _rows_of(shape, ladder, vocabulary)
-        for row in (rows[at] for at in _padded_ones(rows)):
-            # The column that no row fills is padding, too.
-            spare = 0 if layout.architecture == "decoder" else 1
-            alone = collate([row], layout, Shape(layout.width_of(row) - spare, row.response, 1), device)
-            alone.pop("position_ids", None)
-            batches = alone, collate([row], layout, shape, device)
-            with torch.no_grad():
-                bare, padded = (float(example_losses(model, batch)[0]) for batch in batches)
-            if not abs(bare - padded) <= LOSS_TOLERANCE * max(1.0, abs(bare)):
+        every = _rows_of(shape, ladder, vocabulary)
+        # The shortest has most padding, and one in between has more to pay attention to.
+        rows = [every[at] for at in dict.fromkeys(min(at, len(every) - 1) for at in (1, 2))]
+        with torch.no_grad():
+            padded = example_losses(model, collate(rows, layout, shape, device)).tolist()
+            bare = [float(example_losses(model, _bare(row, layout, device))[0]) for row in rows]
+        for one, other in zip(bare, padded, strict=False):
+            if not abs(one - other) <= LOSS_TOLERANCE * max(1.0, abs(one)):
                 raise EngineError(
-                    f"the loss of a row is {bare:.4f} without padding and {padded:.4f} in batches of up to "
+                    f"the loss of a row is {one:.4f} without padding and {other:.4f} in batches of up to "
                     f"{shape.width - layout.extra} tokens: the backbone reads padding, so choose another one"
                 )
+
+
+def _bare(row: Encoded, layout: InputFormat, device: str) -> Tensors:
+    """A batch of one row, without the column that no row fills, and without position ids of ours."""
+    spare = 0 if layout.architecture == "decoder" else 1
+    batch = collate([row], layout, Shape(layout.width_of(row) - spare, row.response, 1), device)
+    batch.pop("position_ids", None)
+    return batch
 
 
 LOSS_TOLERANCE = 3e-5
@@ -196,11 +202,6 @@ def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
             other=collate(_rows_of(shape, ladder, vocabulary, shift=101)[-1:], ladder.layout, shape, device),
             alone=collate(rows[:1], ladder.layout, device=device),
         )
-
-
-def _padded_ones(rows: Sequence[Encoded]) -> list[int]:
-    """Places of the shortest row, which has most padding, and of one in between, which has more to pay attention to."""
-    return list(dict.fromkeys(min(at, len(rows) - 1) for at in (1, 2)))
 
 
 def _rows_of(shape: Shape, ladder: Ladder, vocabulary: int, shift: int = 0) -> list[Encoded]:
