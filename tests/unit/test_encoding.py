@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from numerics import FLOAT32, assert_close_to_largest
 
 from dptune.data.batches import (
+    COST_OF_A_BATCH,
     IGNORED,
     InputFormat,
     Ladder,
     Shape,
     collate,
+    cut_up,
     example_losses,
     physical_batches,
     token_log_probabilities,
@@ -141,6 +143,21 @@ def test_log_probabilities_do_not_depend_on_the_rest_of_the_batch(tokenizer) -> 
     assert_close_to_largest(together, alone)
 
 
+@pytest.mark.parametrize("sizes", [(24, 8, 2), (8, 2), (5, 1), (7,), (1,)])
+def test_rows_are_cut_up_with_little_that_is_filled_up(sizes: tuple[int, ...]) -> None:
+    for count in range(60):
+        found = cut_up(count, sizes)
+        assert set(found) <= set(sizes) and list(found) == sorted(found, reverse=True)
+        assert count <= sum(found) < count + max(found, default=1)
+        most = sum(size + COST_OF_A_BATCH for size in found)
+        # Greedy ways cost as much or more: the largest first, and one that takes all.
+        left, greedy = count, 0
+        while left > 0:
+            size = next((size for size in sizes if size <= left), sizes[-1])
+            left, greedy = left - size, greedy + size + COST_OF_A_BATCH
+        assert most <= min(greedy, -(-count // sizes[0]) * (sizes[0] + COST_OF_A_BATCH))
+
+
 def test_physical_batches_cover_the_batch_once_short_rows_first() -> None:
     ladder = Ladder(40, 2, LAYOUT)
     rows = [Encoded(tuple(range(length)), 1) for length in (39, 2, 17, 16, 5)]
@@ -153,16 +170,19 @@ def test_physical_batches_cover_the_batch_once_short_rows_first() -> None:
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=30), out=st.integers(0, 29), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_shape_of_a_row_is_a_function_of_that_row(lengths: list[int], out: int, data: st.DataObject) -> None:
-    ladder = Ladder(60, 4, layout_of(data.draw(st.sampled_from(("llama", "bert", "t5")))))
+    smaller = data.draw(st.sampled_from(((), (2, 4), (3,))))
+    ladder = Ladder(60, 4, layout_of(data.draw(st.sampled_from(("llama", "bert", "t5")))), smaller)
     rows = [Encoded((1,) * length, data.draw(st.integers(1, length - 1))) for length in lengths]
 
     def shapes(some: list[Encoded]) -> list[Shape]:
         pieces = list(physical_batches(some, ladder))
-        assert {piece.shape for piece in pieces} <= set(ladder.shapes)
+        sizes = {(shape.width, shape.labels): ladder.sizes_of(shape) for shape in ladder.shapes}
+        assert all(piece.shape.rows in sizes[piece.shape.width, piece.shape.labels] for piece in pieces)
         for piece in pieces:
             taken = [some[at] for at in piece.positions]
             assert all(len(value) == piece.shape.rows for value in collate(taken, ladder.layout, piece.shape).values())
-        found = {int(at): piece.shape for piece in pieces for at in piece.positions}
+        # How many rows there are beside it depends on the others.
+        found = {int(at): dataclasses.replace(piece.shape, rows=0) for piece in pieces for at in piece.positions}
         return [found[at] for at in range(len(some))]
 
     out %= len(rows)

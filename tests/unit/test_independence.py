@@ -44,12 +44,15 @@ def checked(model: torch.nn.Module, engine: Engine, ladder: Ladder) -> None:
 
 def right_ladder(model: torch.nn.Module, engine: Engine, ladder: Ladder) -> Ladder:
     """One that passes the check, as a run finds it: with one row a batch where this machine's kernels want that."""
-    try:
-        checked(model, engine, ladder)
-    except EngineError as refused:
-        assert "last bits" in str(refused)
-        ladder = dataclasses.replace(ladder, rows=1)
-        checked(model, engine, ladder)
+    for one in (ladder, dataclasses.replace(ladder, smaller=())):
+        try:
+            checked(model, engine, one)
+        except EngineError as refused:
+            assert "last bits" in str(refused)
+        else:
+            return one
+    ladder = dataclasses.replace(ladder, rows=1, smaller=())
+    checked(model, engine, ladder)
     return ladder
 
 
@@ -113,7 +116,7 @@ def test_other_rows_and_places_do_not_change_a_bit(backbone: str, dtype: torch.d
     Where this machine's kernels are of another kind the check says so, and one row a batch keeps the promise."""
     model, engine = adapted(backbone, dtype)
     before = {name: value.clone() for name, value in adapters.trainable_parameters(model).items()}
-    ladder = right_ladder(model, engine, Ladder(LONGEST, SIZE, layout_of(backbone)))
+    ladder = right_ladder(model, engine, Ladder(LONGEST, SIZE, layout_of(backbone), (2, 6)))
     assert all(torch.equal(before[name], value) for name, value in adapters.trainable_parameters(model).items())
     records = made_up_rows(290, [5 + 7 * row % (LONGEST - 4) for row in range(20)])
 
@@ -172,6 +175,32 @@ def test_the_check_sees_a_millionth_of_anything_else(fault: str) -> None:
     with pytest.raises(EngineError, match=r"last bits of the gradient of .*v_proj") as error:
         checked(model, Wrapped(engine, FAULTS[fault]), Ladder(LONGEST, SIZE, layout_of("llama")))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_check_sees_that_a_smaller_batch_rounds_otherwise(size: int) -> None:
+    model, engine = adapted("llama", torch.float32)
+
+    def of_few(_: Wrapped, batch: Batch, value: torch.Tensor) -> torch.Tensor:
+        return value * (1 + 1e-6) if len(batch["labels"]) == size else value
+
+    ladder = Ladder(LONGEST, SIZE, layout_of("llama"), (3, 6))
+    if right_ladder(model, engine, ladder) == ladder:
+        with pytest.raises(EngineError, match=rf"v_proj.*how many rows there are \({size}\)"):
+            checked(model, Wrapped(engine, of_few), ladder)
+    checked(model, Wrapped(engine, of_few), dataclasses.replace(ladder, smaller=()))
+
+
+def test_the_check_sees_a_norm_that_rounds_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, engine = adapted("llama", torch.float32)
+    plain = torch.linalg.vector_norm
+
+    def by_place(value: torch.Tensor, **settings: int) -> torch.Tensor:
+        return plain(value, **settings) * (1 + 1e-15 * torch.arange(len(value), dtype=torch.float64))
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", by_place)
+    with pytest.raises(EngineError, match="their place"):
+        checked(model, engine, Ladder(LONGEST, SIZE, layout_of("llama")))
 
 
 def test_the_check_sees_that_padding_is_read() -> None:

@@ -2,14 +2,16 @@
 
 A physical batch has one of a few public shapes, and a row's shape depends on its own length only. Which kernels run,
 and how they cut up their work, depends on the shape, so that within one a row's result does not depend on the other
-rows, not even in its last bits (SPECIFICATION.md 10.3). A batch is filled up with rows that do not count.
+rows, not even in its last bits (SPECIFICATION.md 10.3). The last batch of a shape may have fewer rows where that was
+seen to give the same bits; it is filled up with rows that do not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -108,6 +110,11 @@ FEWEST_LABELS = 8
 TOKENS_A_ROW = 64
 """Tokens of a row for which `Ladder.rows` is meant."""
 
+SMALLER = (3, 9)
+"""What the rows of a shape are divided by for batches of fewer rows: enough that hardly a row is filled up."""
+COST_OF_A_BATCH = 2
+"""Rows that a batch of its own takes as long as, about."""
+
 
 @dataclass(frozen=True)
 class Ladder:
@@ -122,6 +129,9 @@ class Ladder:
     rows: int
     """Rows of a batch of short rows; longer ones come in fewer, so that the tokens of a batch stay about the same."""
     layout: InputFormat
+    smaller: tuple[int, ...] = ()
+    """Divisors: the last rows of a shape may come in batches of so many times fewer rows, which were seen to give the
+    same bits (`privacy/independence.py`). Without any, the last batch is filled up."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -142,6 +152,10 @@ class Ladder:
         """The shape of the batches that a row stands in: a function of its own length and of its response's."""
         width = next(width for width in self.widths if width >= self.layout.width_of(row))
         return self._shape(width, next(labels for labels in self._labels() if labels >= row.response))
+
+    def sizes_of(self, shape: Shape) -> tuple[int, ...]:
+        """Numbers of rows that batches of a shape may have, in descending order."""
+        return tuple(sorted({shape.rows, *(max(1, shape.rows // divisor) for divisor in self.smaller)}, reverse=True))
 
     def _labels(self) -> tuple[int, ...]:
         return (FEWEST_LABELS, self.longest) if self.longest > FEWEST_LABELS else (self.longest,)
@@ -173,8 +187,31 @@ def physical_batches(rows: Sequence[Encoded], ladder: Ladder) -> Iterator[Piece]
     for position, row in enumerate(rows):
         members.setdefault(ladder.shape_of(row), []).append(position)
     for shape, positions in sorted(members.items()):
-        for start in range(0, len(positions), shape.rows):
-            yield Piece(shape, np.array(positions[start : start + shape.rows]))
+        start = 0
+        for size in cut_up(len(positions), ladder.sizes_of(shape)):
+            yield Piece(replace(shape, rows=size), np.array(positions[start : start + size]))
+            start += size
+
+
+@cache
+def cut_up(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the batches for so many rows: of the largest size, and at the end those that take the least time.
+
+    Args:
+        count: of rows.
+        sizes: allowed ones, in descending order.
+    """
+    full = max(0, count // sizes[0] - 1)
+    costs, choices = [0], [sizes[0]]
+    for left in range(1, count - full * sizes[0] + 1):
+        cost, size = min((size + COST_OF_A_BATCH + costs[max(left - size, 0)], size) for size in sizes)
+        costs.append(cost)
+        choices.append(size)
+    left, last = len(costs) - 1, list[int]()
+    while left > 0:
+        last.append(choices[left])
+        left -= choices[left]
+    return (*[sizes[0]] * full, *sorted(last, reverse=True))
 
 
 def collate(

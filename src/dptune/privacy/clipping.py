@@ -240,5 +240,6 @@ def _check_rows(per_example: Mapping[str, Tensor], groups: Sequence[Group], coun
 
 
 def _norm_of(group: Group, norms: Mapping[str, Tensor]) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([norms[name] for name in group.parameters]), dim=0)
+    # Along the rows of a matrix, each of which is then added up in one order, wherever it stands.
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norms[name] for name in group.parameters], dim=1), dim=1)
     return norm

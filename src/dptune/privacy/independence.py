@@ -8,7 +8,7 @@ batches before. What is seen here is assumed of the kernels ever after.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,8 @@ class Probe:
     """One more row of this shape."""
     alone: Batch
     """Its first row by itself, without padding."""
+    smaller: tuple[int, ...] = ()
+    """Other numbers of rows that batches of this shape may have."""
 
 
 PADDING_TOLERANCE = 1e-3
@@ -76,9 +78,10 @@ def check_independence(engine: Engine, model: torch.nn.Module, loss: LossFunctio
 def check_bits(vectors_of: Callable[[Batch], Gradients], probes: Sequence[Probe]) -> None:
     """Raise unless what is computed of each row has the same bits wherever it stands, beside and after whatever.
 
-    All shapes are computed twice: upwards; and downwards, with all rows one place further and one of them exchanged.
-    So each place is compared with the next one, each row meets other mates, and each shape comes after smaller and
-    after larger ones.
+    Its norm has, too, in the precision that decides how it is clipped. All shapes are computed twice: upwards; and
+    downwards, with all rows one place further and one of them exchanged. So each place is compared with the next one,
+    each row meets other mates, and each shape comes after smaller and after larger ones. Each time the first rows are
+    computed again in a batch of each smaller number of rows.
 
     Args:
         vectors_of: gives named vectors [b, ...] for the rows of a batch.
@@ -87,7 +90,10 @@ def check_bits(vectors_of: Callable[[Batch], Gradients], probes: Sequence[Probe]
     Raises:
         EngineError: naming the shape and the parameter.
     """
-    seen = [_bits(vectors_of(probe.rows)) for probe in probes]
+    seen = []
+    for probe in probes:
+        seen.append(_bits(vectors_of(probe.rows)))
+        _check_smaller(vectors_of, probe, probe.rows, seen[-1])
     for probe, before in zip(reversed(probes), reversed(seen), strict=True):
         count = rows_of(probe.rows)
         batch, exchanged = _moved_on(probe)
@@ -99,6 +105,19 @@ def check_bits(vectors_of: Callable[[Batch], Gradients], probes: Sequence[Probe]
                     f"the last bits of the gradient of {wrong[0]} in batches of {probe.name} depend on their place, on "
                     "the other rows or on earlier batches"
                 )
+        _check_smaller(vectors_of, probe, batch, found)
+
+
+def _check_smaller(
+    vectors_of: Callable[[Batch], Gradients], probe: Probe, batch: Batch, whole: Mapping[str, Sequence[bytes]]
+) -> None:
+    for size in probe.smaller:
+        found = _bits(vectors_of({name: value[:size] for name, value in batch.items()}))
+        if wrong := [key for key, rows in found.items() if rows != whole[key][:size]]:
+            raise EngineError(
+                f"the last bits of the gradient of {wrong[0]} in batches of {probe.name} depend on how many rows "
+                f"there are ({size})"
+            )
 
 
 def _moved_on(probe: Probe) -> tuple[Batch, int | None]:
@@ -113,11 +132,18 @@ def _moved_on(probe: Probe) -> tuple[Batch, int | None]:
 
 
 def _bits(gradients: Gradients) -> dict[str, list[bytes]]:
-    """A digest of each row's gradient by parameter; both zeros count as one."""
-    return {
-        name: [hashlib.blake2b(memoryview(row.view(torch.uint8).numpy()), digest_size=16).digest() for row in rows]
-        for name, rows in ((name, (value.flatten(1) + 0.0).cpu().contiguous()) for name, value in gradients.items())
-    }
+    """A digest of each row's gradient, and of its norm, by parameter; both zeros count as one."""
+    found = {}
+    for name, value in gradients.items():
+        flat = value.flatten(1) + 0.0
+        norms = torch.linalg.vector_norm(flat.double(), dim=1).cpu()  # As `clip_and_sum` takes them.
+        found[name] = [
+            hashlib.blake2b(
+                memoryview(row.view(torch.uint8).numpy()), digest_size=16, key=norm.numpy().tobytes()
+            ).digest()
+            for row, norm in zip(flat.cpu().contiguous(), norms, strict=True)
+        ]
+    return found
 
 
 def _thinned(gradients: Gradients) -> Gradients:

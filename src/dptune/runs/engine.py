@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import InputFormat, Ladder, Shape, Tensors, collate, example_losses
+from dptune.data.batches import SMALLER, InputFormat, Ladder, Shape, Tensors, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import Backbone
@@ -45,17 +45,22 @@ class GradientPath:
     @property
     def digest(self) -> bytes:
         """Equal for processes that compute alike; 16 bytes."""
-        return hashlib.sha256(f"{self.key} {self.engine} {self.ladder.rows}".encode()).digest()[:16]
+        return hashlib.sha256(f"{self.key} {self.engine} {self._rows}".encode()).digest()[:16]
 
     def to_json(self) -> str:
         """For the cache; what the ladder is made of is in its key."""
-        return json.dumps({"engine": self.engine, "rows": self.ladder.rows, "notes": self.notes})
+        return json.dumps({"engine": self.engine, **self._rows, "notes": self.notes})
 
     @classmethod
     def from_json(cls, text: str, ladder: Ladder) -> GradientPath:
         """Inverse of `to_json`."""
         stored = json.loads(text)
-        return cls(stored["engine"], dataclasses.replace(ladder, rows=stored["rows"]), tuple(stored["notes"]))
+        ladder = dataclasses.replace(ladder, rows=stored["rows"], smaller=tuple(stored["smaller"]))
+        return cls(stored["engine"], ladder, tuple(stored["notes"]))
+
+    @property
+    def _rows(self) -> dict[str, object]:
+        return {"rows": self.ladder.rows, "smaller": self.ladder.smaller}
 
     def start(self, model: torch.nn.Module) -> Engine:
         """The engine, on the model that was checked; an evaluation may have come between."""
@@ -71,7 +76,7 @@ def checked_path(config: Config, backbone: Backbone, model: torch.nn.Module, pri
     adapters.set_modes(model)
     if private:
         _check_positions(config, backbone)
-    ladder = Ladder(config.environment.sequence_length, config.compute.physical_batch_size, backbone.layout)
+    ladder = Ladder(config.environment.sequence_length, config.compute.physical_batch_size, backbone.layout, SMALLER)
     names = _candidates(config, model)
     key = _key(config, backbone, names, ladder, private)
     place = Path(config.compute.cache_dir) / "engines" / f"{key}.json"
@@ -156,8 +161,8 @@ def _first_right(
     except adapters.REFUSALS as error:
         raise ConfigError(f"adapter={config.adapter.name} on model={config.model.name}: {_in_words(error)}") from error
     for name in names:
-        for rows in dict.fromkeys((ladder.rows, 1)):
-            path = GradientPath(name, dataclasses.replace(ladder, rows=rows), tuple(notes))
+        for rows, smaller in dict.fromkeys(((ladder.rows, ladder.smaller), (ladder.rows, ()), (1, ()))):
+            path = GradientPath(name, dataclasses.replace(ladder, rows=rows, smaller=smaller), tuple(notes))
             try:
                 engine = checked_engine(name, model, example_losses, *_few(vocabulary, ladder, device))
             except adapters.REFUSALS as error:
@@ -232,6 +237,7 @@ def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
             rows=collate(rows, ladder.layout, shape, device),
             other=collate(_rows_of(shape, ladder, vocabulary, shift=101)[-1:], ladder.layout, shape, device),
             alone=collate(rows[:1], ladder.layout, device=device),
+            smaller=ladder.sizes_of(shape)[1:],
         )
 
 
