@@ -8,11 +8,12 @@ keeps the name of its booking, so that going on costs nothing, and doing it agai
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,15 +25,12 @@ from dptune.data.sources import Dataset
 from dptune.identity import content_hash, kept_key, keyed_hash, local_key
 from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.budget import Account, Booking, BudgetError, Spending, order_for, parse
-from dptune.records.files import sync
+from dptune.records.files import sync, write_once
 from dptune.records.lock import locked
 
 ACCOUNT_FILE, TOKEN_FILE = "budget.jsonl", "booking"
 SECRET_FOLDER = "NON_PRIVATE_trials"
 """Folder, inside the output folder, of all trials of all searches."""
-SKETCH = 256
-"""Hashes of records that are kept of each source: those of the lowest value, whichever source they are from, so that
-two sources with a few per cent of their records in common are found to be the same data."""
 PATIENCE = 60.0
 """Seconds that a run waits for other runs that book."""
 
@@ -63,53 +61,89 @@ def book(
     """
     if is_public(config.data):
         return
-    token = _token(folder)
-    try:
-        with _account() as path:
-            key = _key(path.parent)
-            source, records = source_of(config, key), sketch_of(data, key)
-            unit = "example" if config.privacy.unit == "example" else "user"
-            accounts = _read(path)
-            mine = [item for item in accounts if item.unit == unit and _is_same(item, source, records)]
-            if attempt is None:
-                booked = [item.attempt for account in mine for item in account.bookings if item.token == token]
-                attempt = max(booked, default=0) + 1
-            if any((item.token, item.attempt) == (token, attempt) for account in mine for item in account.bookings):
-                return
-            rows: list[dict[str, Any]] = []
-            if not mine:
-                order = order_for(spending, config.privacy.budget) if spending else _ORDER_WITHOUT_RUN
-                mine = [Account(secrets.token_hex(4), _label(config), unit, config.privacy.delta, order)]
-                opening = {name: getattr(mine[0], name) for name in ("label", "unit", "delta", "order")}
-                rows.append({"kind": "open", "account": mine[0].name, **opening})
-            for account in mine:
-                if spending is not None:
-                    account.check(spending, run, config.privacy.budget)
-                if source not in account.sources or not set(records) <= account.records:
-                    rows.append({"kind": "data", "account": account.name, "source": source, "records": records})
-                booking = Booking(
-                    token,
-                    attempt,
-                    run,
-                    spending.at(account.order) if spending else None,
-                    spending.epsilon if spending else None,
-                    config.privacy.delta,
-                    spending.what if spending else "no guarantee",
-                    config.privacy.budget,
-                    datetime.now(UTC).isoformat(timespec="seconds"),
-                )
-                rows.append({"kind": "run", "account": account.name, **dataclasses.asdict(booking)})
-            # The folder first: a booking without it would be paid twice, and it without a booking is booked next time.
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / TOKEN_FILE).touch()
-            (folder / TOKEN_FILE).write_text(f"{token} {_place(folder / TOKEN_FILE)}", encoding="ascii")
+    token, unit = _token(folder), "example" if config.privacy.unit == "example" else "user"
+    costs = spending.by_unit(config.privacy.unit) if spending else {"example": None, "user": None}
+    with _account() as path:
+        key = _key(path.parent)
+        source, records = source_of(config, key), sketch_of(data, key)
+        accounts = [item for item in _read(path) if _is_same(item, source, records)]
+        booked = [item for account in accounts if account.unit == unit for item in account.bookings]
+        if attempt is None:
+            attempt = max((item.attempt for item in booked if item.token == token), default=0) + 1
+        if any((item.token, item.attempt) == (token, attempt) for item in booked):
+            return
+        rows: list[dict[str, Any]] = []
+        for kind, cost in costs.items():
+            if (kind != unit and cost is None) or any(account.unit == kind for account in accounts):
+                continue
+            made = _opened(config, kind, cost, accounts)
+            opening = {name: getattr(made, name) for name in ("label", "unit", "delta", "order")}
+            rows.append({"kind": "open", "account": made.name, **opening})
+            rows += [{"kind": "run", "account": made.name, **dataclasses.asdict(item)} for item in made.bookings]
+            accounts.append(made)
+        for account in accounts:
+            cost = costs[account.unit]
+            # A budget is for the unit that was named with it.
+            limit = config.privacy.budget if account.unit == unit else None
+            if cost is not None:
+                account.check(cost, run, limit)
+            elif spending is not None:
+                account.check_foreign(run)
+            if source not in account.sources or not set(records) <= account.records:
+                rows.append({"kind": "data", "account": account.name, "source": source, "records": records})
+            booking = Booking(
+                token,
+                attempt,
+                run,
+                cost.at(account.order) if cost else None,
+                cost.epsilon if cost else None,
+                config.privacy.delta,
+                cost.what if cost else spending.what if spending else "no guarantee",
+                limit,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+                unit if spending else "",
+            )
+            rows.append({"kind": "run", "account": account.name, **dataclasses.asdict(booking)})
+        # The folder first: a booking without it would be paid twice, and it without a booking is booked next time.
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TOKEN_FILE).touch()
+        (folder / TOKEN_FILE).write_text(f"{token} {_place(folder / TOKEN_FILE)}", encoding="ascii")
+        _append(path, rows)
+
+
+def drawn_once(folder: Path, name: str, draw: Callable[[], str]) -> str:
+    """What a search that is booked has drawn, from its file: drawn at the first call, and never again.
+
+    The account keeps a hash of it, so that neither a lost file nor one that was written by hand is a draw.
+
+    Args:
+        folder: of the search, where the name of its booking is.
+        name: of the file.
+        draw: gives the text of the file, in which something random keeps the hash from telling the rest.
+
+    Raises:
+        ConfigError: when the file is not there, or not the same, although it was drawn.
+    """
+    file = folder / name
+    with _account() as path:
+        token = _token(folder)
+        booked = [item for item in _read(path) if any(booking.token == token for booking in item.bookings)]
+        known = {account.draws[token] for account in booked if token in account.draws}
+        if booked and not known and not file.exists():
+            text = draw()
+            known = {hashlib.sha256(text.encode()).hexdigest()}
+            rows = [{"kind": "draw", "account": item.name, "token": token, "hash": min(known)} for item in booked]
+            # The account first: what nobody has seen may be lost, but not be drawn twice.
             _append(path, rows)
-    except BudgetError as error:
-        raise ConfigError(f"privacy.budget: {error}") from None
-    except OSError as error:
-        raise ConfigError(
-            f"privacy.budget: the account in {home()} cannot be written ({error}); set DPTUNE_HOME to a folder that can"
-        ) from None
+            write_once(file, text.encode())
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        if known != {hashlib.sha256(text.encode()).hexdigest()}:
+            raise BudgetError(
+                f"{file} is {'not what was drawn here' if file.exists() else 'gone, although it was drawn'}: how many "
+                f"trials there are is drawn once; put it back, or remove {folder} and start another search, which "
+                "costs as much again"
+            )
+        return text
 
 
 def is_trial(folder: Path) -> bool:
@@ -126,12 +160,8 @@ def source_of(config: Config, key: bytes) -> str:
 
 
 def sketch_of(data: Dataset, key: bytes) -> list[str]:
-    """The lowest hashes of protected records: another file with the same people in it has many of them, too."""
-    records = {
-        keyed_hash(key, (example.input or example.instruction, example.output))
-        for example in (*data.train, *data.validation)
-    }
-    return sorted(records)[:SKETCH]
+    """Hashes of some protected records under the account's key: another file with the same people has some of them."""
+    return [keyed_hash(key, (f"{mark:x}",)) for mark in data.sketch]
 
 
 def accounts_of(config: Config | None = None) -> list[Account]:
@@ -177,7 +207,9 @@ def describe(accounts: Sequence[Account]) -> str:
             lines.append(f"  {others} runs have no guarantee: nothing above holds for what they tell")
         lines.append("")
     if len({account.unit for account in accounts}) > 1:
-        lines.append("Accounts of different units are apart: the epsilon of one says nothing of the runs of another.")
+        lines.append(
+            "Runs by user are in the accounts of examples, too. Runs on examples bound nothing for users with several."
+        )
     lines.append(
         "Spent is by a Rényi filter at one order, fixed by the first run (SPECIFICATION.md 8.3): it holds although\n"
         "runs are chosen after others were seen, and is larger than that of the same runs planned in advance."
@@ -192,6 +224,16 @@ _ORDER_WITHOUT_RUN = 8.0
 def _label(config: Config) -> str:
     data = config.data
     return Path(data.path).name if data.path else data.hub_id or data.name
+
+
+def _opened(config: Config, unit: str, cost: Spending | None, accounts: Sequence[Account]) -> Account:
+    """A new account; one of users has the runs on examples of the same data in it."""
+    order = order_for(cost, config.privacy.budget) if cost else _ORDER_WITHOUT_RUN
+    made = Account(secrets.token_hex(4), _label(config), unit, config.privacy.delta, order)
+    if unit == "user":
+        found = {(item.token, item.attempt): item for account in accounts for item in account.carried()}
+        made.bookings += found.values()
+    return made
 
 
 def _is_same(account: Account, source: str, records: Sequence[str]) -> bool:
@@ -217,7 +259,20 @@ def _key(folder: Path) -> bytes:
 
 @contextmanager
 def _account() -> Iterator[Path]:
-    """The account's file, for this process alone."""
+    """The account's file, for this process alone. Raises ConfigError for all that goes wrong with it."""
+    try:
+        with _locked_account() as path:
+            yield path
+    except BudgetError as error:
+        raise ConfigError(f"privacy.budget: {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"privacy.budget: the account in {home()} cannot be written ({error}); set DPTUNE_HOME to a folder that can"
+        ) from None
+
+
+@contextmanager
+def _locked_account() -> Iterator[Path]:
     folder, give_up = home(), time.monotonic() + PATIENCE
     while True:
         with locked(folder) as lock:

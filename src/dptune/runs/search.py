@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dptune.config.checks import strict
 from dptune.config.extras import check_extras
-from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, noise_mode
+from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, is_public, noise_mode
 from dptune.identity import KEY_FILE, keep_local_key, local_key, run_id
 from dptune.privacy.budget import Spending
 from dptune.privacy.events import Event
@@ -44,7 +45,7 @@ from dptune.records.record import (
     read,
 )
 from dptune.runs.budget import SECRET_FOLDER as SECRET_FOLDER
-from dptune.runs.budget import book
+from dptune.runs.budget import TOKEN_FILE, book, drawn_once
 from dptune.runs.folder import LOG_FILE
 from dptune.runs.privacy import make_plan
 from dptune.runs.run import in_one_line as in_one_line
@@ -82,6 +83,8 @@ class Draw:
     """Candidate of each trial."""
     seeds: tuple[int, ...]
     """Seed of each trial."""
+    nonce: str = ""
+    """Random: a hash of the rest would tell how many there are to whoever tries all numbers."""
 
 
 @dataclass(frozen=True)
@@ -203,13 +206,30 @@ class Search:
     def _draw(self) -> Draw:
         path = self.secret / DRAW_FILE
         if not path.exists():
+            self._check_left()
             self._book()
             secret = self.secret.parent
             secret.mkdir(mode=0o700, parents=True, exist_ok=True)
             secret.chmod(0o700)
             write_atomically(secret / "README", WARNING)
-            write_once(path, f"{json.dumps(dataclasses.asdict(self._drawn()))}\n".encode())
+        if not is_public(self.candidates[0].config.data):
+            return Draw(**json.loads(drawn_once(self.secret, DRAW_FILE, self._text)))
+        if not path.exists():
+            write_once(path, self._text().encode())
         return Draw(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _text(self) -> str:
+        return f"{json.dumps(dataclasses.asdict(self._drawn()))}\n"
+
+    def _check_left(self) -> None:
+        """Raises ConfigError for trials of a draw that is gone: another number of them would be another search."""
+        names = [path.name for path in self.secret.iterdir()] if self.secret.is_dir() else []
+        left = any(name != TOKEN_FILE and not name.startswith(DRAW_FILE) for name in names)
+        if left and not (self.secret / DRAW_FILE).exists():  # Another process may have begun in between.
+            raise ConfigError(
+                f"{self.secret / DRAW_FILE} is gone, although its trials are there: how many there are is drawn once; "
+                f"put it back, or remove {self.secret} and start another search, which costs as much again"
+            )
 
     def _book(self) -> None:
         """Book the whole search, before how many trials it has is drawn."""
@@ -238,6 +258,7 @@ class Search:
             datetime.now(UTC).isoformat(timespec="seconds"),
             tuple(int(share * len(self.candidates)) for share in shares),
             tuple([config.environment.seed] * len(trials) if secure else seeds),
+            secrets.token_hex(16),
         )
 
     def _trial(self, number: int, job: Job, seed: int) -> Job:
