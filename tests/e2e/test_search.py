@@ -28,8 +28,8 @@ from dptune.records.record import RunFailed, RunRecord
 from dptune.report.composition import compositions
 from dptune.report.results import load_results as results
 from dptune.runs import run
-from dptune.runs.privacy import make_plan
 from dptune.runs.budget import TOKEN_FILE, accounts_of
+from dptune.runs.privacy import make_plan
 from dptune.runs.search import DRAW_FILE, SECRET_FOLDER, Draw, Search, trial_is_done
 from dptune.runs.setup import data_of
 from dptune.sweeps import status
@@ -186,6 +186,8 @@ def test_trials_on_private_data_share_nothing_but_the_key_of_their_names(
     assert len(adapters) == 2 and adapters[0] != adapters[1]
     record = released(search)
     assert record.cost is None and record.privacy is not None and record.privacy.noise_mode == "secure"
+    # Exact numbers of records are not told: nothing was paid for them.
+    assert record.privacy.score is not None and record.privacy.score_of is None
 
 
 def test_the_draw_is_made_once_and_follows_the_seed(config: Config, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_subsets_conditions_and_altered_files_are_the_same_data(tmp_path: Path) 
 PEOPLE = [
     {
         "instruction": "Is the review good or bad?",
-        "input": f"I bought the café table number {n} and it was {('fine', 'poor')[n % 2]} for my flat in street {n * n}.",
+        "input": f"I bought the café table number {n} and it was {('fine', 'poor')[n % 2]} in street {n * n}.",
         "output": ("good", "bad")[n % 2],
     }
     for n in range(600)

@@ -75,7 +75,8 @@ def exchange_curve(curve: NDArray[np.float64]) -> NDArray[np.float64]:
     higher = np.append(curve, np.inf)
     twice = higher[np.searchsorted(orders, 2 * orders - 1e-9)]
     less = higher[np.searchsorted(orders, 2 * orders - 1 - 1e-9)]
-    return (orders - 0.5) / (orders - 1) * twice + less
+    exchanged: NDArray[np.float64] = (orders - 0.5) / (orders - 1) * twice + less
+    return exchanged
 
 
 def epsilon_at(divergence: float, order: float, delta: float) -> float:

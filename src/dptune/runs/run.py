@@ -182,7 +182,8 @@ def run_as_other_rank(config: Config, ranks: Ranks) -> RunRecord:
                 AdapterTraining(config, setup, ranks, start).run()
             ranks.barrier()
     except Exception:
-        log_traceback(folder)
+        if folder.is_dir():  # It is not this run's where the config is another one.
+            log_traceback(folder)
         raise
     record = read(folder)
     assert record is not None
