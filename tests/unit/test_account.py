@@ -20,7 +20,7 @@ from dptune.identity import run_id
 from dptune.privacy.budget import Spending
 from dptune.privacy.events import Event
 from dptune.runs import budget
-from dptune.runs.budget import accounts_of, book, describe
+from dptune.runs.budget import accounts_of, book, describe, mark_begun, mark_done
 
 DELTA = 1e-4
 
@@ -51,9 +51,9 @@ def config_of(path: Path, root: Path, limit: float | None = None, **values: obje
     return with_values(Config(), given.items())
 
 
-def spend(config: Config, run: str, sigma: float = 2.0, attempt: int = 1) -> None:
+def spend(config: Config, run: str, sigma: float = 2.0, *, goes_on: bool = False) -> None:
     spending = Spending.of_run([Event(sigma, 0.1, 50)], [], DELTA)
-    book(config, load_dataset(config), run, Path(config.compute.output_root) / run, spending, attempt)
+    book(config, load_dataset(config), run, Path(config.compute.output_root) / run, spending, goes_on=goes_on)
 
 
 def test_runs_in_several_output_folders_share_the_account_of_their_data(tmp_path: Path) -> None:
@@ -70,14 +70,27 @@ def test_runs_in_several_output_folders_share_the_account_of_their_data(tmp_path
 
 def test_going_on_costs_nothing_and_another_transcript_or_a_deleted_folder_does(tmp_path: Path) -> None:
     config = config_of(records(tmp_path), tmp_path / "out")
+    folder = tmp_path / "out" / "run"
     for _ in range(3):
-        spend(config, "run")
-    assert len(accounts_of()[0].bookings) == 1
-    spend(config, "run", attempt=2)
-    assert len(accounts_of()[0].bookings) == 2
-    (tmp_path / "out" / "run" / budget.TOKEN_FILE).unlink()
+        spend(config, "run")  # It died before it looked at data.
+    mark_begun(config, folder)
+    spend(config, "run", goes_on=True)
+    assert bookings() == [1]
     spend(config, "run")
-    assert len(accounts_of()[0].bookings) == 3
+    spend(config, "run")
+    assert bookings() == [1, 2]
+    mark_begun(config, folder)
+    mark_done(config, folder)
+    spend(config, "run", goes_on=True)  # A checkpoint of it that was put back.
+    assert bookings() == [1, 2, 3]
+    (folder / budget.TOKEN_FILE).unlink()
+    spend(config, "run")
+    assert bookings() == [1, 2, 3, 1]
+
+
+def bookings() -> list[int]:
+    (account,) = accounts_of()
+    return [booking.attempt for booking in account.bookings]
 
 
 def test_a_run_that_would_exceed_the_budget_is_refused_in_one_line_before_anything_is_written(tmp_path: Path) -> None:

@@ -130,7 +130,10 @@ class Account:
         sources: hashes of the sources that belong to it.
         records: hashes of some records of each.
         bookings: in their order.
+        places: of the file that names a booking, by that name, as its system tells it from any other.
         draws: hash of how many trials a search has, and which, by the name of its booking.
+        begun: transcripts, by name and number of their booking, that have looked at data.
+        ended: those of runs that are done, which cannot go on.
     """
 
     name: str
@@ -141,12 +144,26 @@ class Account:
     sources: set[str] = field(default_factory=set)
     records: set[str] = field(default_factory=set)
     bookings: list[Booking] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
     draws: dict[str, str] = field(default_factory=dict)
+    begun: set[tuple[str, int]] = field(default_factory=set)
+    ended: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def private(self) -> list[Booking]:
         """The bookings that have a guarantee."""
         return [booking for booking in self.bookings if booking.cost is not None]
+
+    def is_over(self, booking: Booking, *, goes_on: bool) -> bool:
+        """Whether what comes next is another transcript than a booked one.
+
+        Args:
+            booking: the last one of a run.
+            goes_on: whether the run goes on from a checkpoint.
+        """
+        name = booking.token, booking.attempt
+        # Of bookings of earlier versions it is not known.
+        return name in self.ended or (not goes_on and (name in self.begun or not booking.unit))
 
     @property
     def foreign(self) -> list[Booking]:
@@ -271,8 +288,12 @@ def parse(lines: Iterable[str]) -> list[Account]:
             elif kind == "data":
                 accounts[name].sources.add(row["source"])
                 accounts[name].records.update(row["records"])
+            elif kind == "place":
+                accounts[name].places[row["token"]] = row["place"]
             elif kind == "draw":
                 accounts[name].draws[row["token"]] = row["hash"]
+            elif kind in ("begun", "ended"):
+                getattr(accounts[name], kind).add((row["token"], row["attempt"]))
             else:
                 accounts[name].bookings.append(Booking(**row))
         except (ValueError, KeyError, TypeError, AttributeError):

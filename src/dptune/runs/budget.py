@@ -25,8 +25,9 @@ from dptune.data.sources import Dataset
 from dptune.identity import content_hash, kept_key, keyed_hash, local_key
 from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.budget import Account, Booking, BudgetError, Spending, order_for, parse
-from dptune.records.files import sync, write_once
+from dptune.records.files import sync, write_atomically, write_once
 from dptune.records.lock import locked
+from dptune.records.record import RECORD_FILE
 
 ACCOUNT_FILE, TOKEN_FILE = "budget.jsonl", "booking"
 SECRET_FOLDER = "NON_PRIVATE_trials"
@@ -44,9 +45,11 @@ def home() -> Path:
 
 
 def book(
-    config: Config, data: Dataset, run: str, folder: Path, spending: Spending | None, attempt: int | None = 1
+    config: Config, data: Dataset, run: str, folder: Path, spending: Spending | None, *, goes_on: bool = False
 ) -> None:
-    """Book a run before anything of it is written; a transcript that is booked already costs nothing.
+    """Book a run before anything of it is written; a transcript that is booked, and may go on, costs nothing.
+
+    The account says what has begun and what is done, and not the files of the run: those may be put back.
 
     Args:
         config: of the run.
@@ -54,24 +57,35 @@ def book(
         run: run id.
         folder: its folder, where the name of the booking is kept.
         spending: what it costs; None for a run without a guarantee.
-        attempt: number of the transcript in this folder, from 1; None for one more than are booked.
+        goes_on: whether it has a checkpoint to go on from. Otherwise it is another transcript, unless the last one
+            that is booked has not begun.
 
     Raises:
         ConfigError: when the run would exceed the budget, or the account cannot be read or written.
     """
     if is_public(config.data):
+        check_public(config)
         return
-    token, unit = _token(folder), "example" if config.privacy.unit == "example" else "user"
+    unit = "example" if config.privacy.unit == "example" else "user"
     costs = spending.by_unit(config.privacy.unit) if spending else {"example": None, "user": None}
     with _account() as path:
-        key = _key(path.parent)
+        key, known = _key(path.parent), _read(path)
+        named = _token(folder, known)
+        token = named or secrets.token_hex(8)
         source, records = source_of(config, key), sketch_of(data, key)
-        accounts = [item for item in _read(path) if _is_same(item, source, records)]
-        booked = [item for account in accounts if account.unit == unit for item in account.bookings]
-        if attempt is None:
-            attempt = max((item.attempt for item in booked if item.token == token), default=0) + 1
-        if any((item.token, item.attempt) == (token, attempt) for item in booked):
+        accounts = [item for item in known if _is_same(item, source, records)]
+        mine = [account for account in accounts if account.unit == unit]
+        booked = [
+            (item.attempt, account.is_over(item, goes_on=goes_on))
+            for account in mine
+            for item in account.bookings
+            if (item.token, item.run) == (token, run)
+        ]
+        last = max((number for number, _ in booked), default=0)
+        over = any(is_over for number, is_over in booked if number == last)
+        if booked and (spending is None or not over):
             return
+        attempt = last + 1
         rows: list[dict[str, Any]] = []
         for kind, cost in costs.items():
             if (kind != unit and cost is None) or any(account.unit == kind for account in accounts):
@@ -106,8 +120,10 @@ def book(
             rows.append({"kind": "run", "account": account.name, **dataclasses.asdict(booking)})
         # The folder first: a booking without it would be paid twice, and it without a booking is booked next time.
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TOKEN_FILE).touch()
-        (folder / TOKEN_FILE).write_text(f"{token} {_place(folder / TOKEN_FILE)}", encoding="ascii")
+        if named is None:
+            write_atomically(folder / TOKEN_FILE, token)
+        place = _place(folder / TOKEN_FILE)
+        rows += [{"kind": "place", "account": item.name, "token": token, "place": place} for item in accounts]
         _append(path, rows)
 
 
@@ -126,8 +142,9 @@ def drawn_once(folder: Path, name: str, draw: Callable[[], str]) -> str:
     """
     file = folder / name
     with _account() as path:
-        token = _token(folder)
-        booked = [item for item in _read(path) if any(booking.token == token for booking in item.bookings)]
+        accounts = _read(path)
+        token = _token(folder, accounts)
+        booked = [item for item in accounts if any(booking.token == token for booking in item.bookings)]
         known = {account.draws[token] for account in booked if token in account.draws}
         if booked and not known and not file.exists():
             text = draw()
@@ -144,6 +161,65 @@ def drawn_once(folder: Path, name: str, draw: Callable[[], str]) -> str:
                 "costs as much again"
             )
         return text
+
+
+def mark_begun(config: Config, folder: Path) -> None:
+    """Note that a transcript looks at its data from now on: without a checkpoint it is not the same one again.
+
+    Raises:
+        ConfigError: when the account cannot be read or written.
+    """
+    if is_trial(folder):
+        _mark_of_trial(folder).touch()
+    elif not is_public(config.data):
+        _note("begun", folder)
+
+
+def check_public(config: Config) -> None:
+    """Refuse files that are said to be public and have a budget, which somebody named to protect them.
+
+    Raises:
+        ConfigError: naming the way out.
+    """
+    if config.data.path is None or not (home() / ACCOUNT_FILE).exists():
+        return
+    for account in accounts_of(config):
+        if account.limit is not None:
+            raise ConfigError(
+                f"data.public=true: {account.label} has a budget of {account.limit:g} in {home() / ACCOUNT_FILE}, and "
+                "runs on public data are not booked; leave data.public out"
+            )
+
+
+def mark_done(config: Config, folder: Path) -> None:
+    """Note that a run is done: a checkpoint of it that turns up again is not gone on from for nothing."""
+    if not is_trial(folder) and not is_public(config.data):
+        _note("ended", folder)
+
+
+def check_trial(folder: Path) -> None:
+    """Raises ConfigError for a trial that was begun and whose record is gone: to do it again would be choosing."""
+    if _mark_of_trial(folder).exists() and not (folder / RECORD_FILE).exists():
+        raise ConfigError(
+            f"{folder} was begun, and its record is gone: a trial of a search is done once, however it ends; put it "
+            "back, or start another search, with another environment.seed=..., which costs as much again"
+        )
+
+
+def _mark_of_trial(folder: Path) -> Path:
+    return folder.parent / f"begun-{folder.name}"
+
+
+def _note(what: str, folder: Path) -> None:
+    with _account() as path:
+        accounts = _read(path)
+        token = _token(folder, accounts)
+        rows = [
+            {"kind": what, "account": account.name, "token": token, "attempt": max(attempts)}
+            for account in accounts
+            if (attempts := [item.attempt for item in account.bookings if item.token == token])
+        ]
+        _append(path, rows)
 
 
 def is_trial(folder: Path) -> bool:
@@ -240,17 +316,22 @@ def _is_same(account: Account, source: str, records: Sequence[str]) -> bool:
     return source in account.sources or not account.records.isdisjoint(records)
 
 
-def _token(folder: Path) -> str:
+def _token(folder: Path, accounts: Sequence[Account]) -> str | None:
     """Name of a folder's bookings. A copy of a folder has none: what goes on there is another transcript."""
-    try:
-        token, place = (folder / TOKEN_FILE).read_text(encoding="ascii").split()
-    except (FileNotFoundError, ValueError):
-        return secrets.token_hex(8)
-    return token if place == _place(folder / TOKEN_FILE) else secrets.token_hex(8)
+    file = folder / TOKEN_FILE
+    if not file.is_file():
+        return None
+    token = file.read_text(encoding="ascii", errors="replace").strip()
+    return token if any(account.places.get(token) == _place(file) for account in accounts) else None
 
 
 def _place(path: Path) -> str:
-    return str(path.stat().st_ino)
+    """Of a file in a folder: no copy has the same, nor a second name, nor what was put back where it had been.
+
+    Numbers of files are given again; the time of the last change of a file's state cannot be set.
+    """
+    state = path.stat()
+    return f"{state.st_ino}.{path.parent.stat().st_ino}.{state.st_ctime_ns}"
 
 
 def _key(folder: Path) -> bytes:

@@ -41,6 +41,7 @@ from dptune.records.record import (
     read,
 )
 from dptune.runs.booking import book_run
+from dptune.runs.budget import mark_begun, mark_done
 from dptune.runs.folder import Report, RunFolder, Steps, log_traceback
 from dptune.runs.privacy import describe, privacy_of, said_if_slow, spent, uncovered_test
 from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
@@ -139,6 +140,7 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
     try:
         measure_and_train(config, setup, record, folder, tracker, ranks, start, begin)
         folder.lock.check()
+        mark_done(config, folder.path)
         record.status = "done"
         record.write(folder.path)
         checkpoint.remove(folder.path / CHECKPOINT_FOLDER)
@@ -307,6 +309,8 @@ def measure_and_train(
 
     earlier = start.seconds if start else 0.0
     training_begin = time.perf_counter() - earlier
+    if plan.private and start is None:
+        mark_begun(config, folder.path)
     if plan.steps:
         record.privacy = AdapterTraining(config, setup, ranks, start, folder, tracker).run()
     training_seconds = time.perf_counter() - training_begin

@@ -224,7 +224,7 @@ class Search:
     def _check_left(self) -> None:
         """Raises ConfigError for trials of a draw that is gone: another number of them would be another search."""
         names = [path.name for path in self.secret.iterdir()] if self.secret.is_dir() else []
-        left = any(name != TOKEN_FILE and not name.startswith(DRAW_FILE) for name in names)
+        left = any(name != TOKEN_FILE and not name.startswith((DRAW_FILE, ".")) for name in names)
         if left and not (self.secret / DRAW_FILE).exists():  # Another process may have begun in between.
             raise ConfigError(
                 f"{self.secret / DRAW_FILE} is gone, although its trials are there: how many there are is drawn once; "
