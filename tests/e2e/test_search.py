@@ -160,6 +160,22 @@ def test_failed_trials_have_the_worst_score_and_are_not_done_again(config: Confi
     assert not search.folder.exists()
 
 
+@pytest.mark.parametrize("what", ["all of it", "its folder", "its record"])
+def test_a_trial_that_is_removed_is_not_done_again(config: Config, what: str) -> None:
+    search = search_of(config, noise_mode="secure")
+    draw(search, [0, 0], [config.environment.seed] * 2)
+    tried(search)
+    job = search.trials()[1]
+    folder = Path(job.config.compute.output_root) / job.run_id
+    if what == "its record":
+        (folder / "record.json").unlink()
+    else:
+        shutil.rmtree(folder if what == "its folder" else folder.parent)
+    with pytest.raises(ConfigError, match="was begun, and its record is gone: a trial of a search is done once"):
+        run.run(job.config, job.overrides)
+    assert search.release() is None
+
+
 def test_without_any_trial_the_backbone_is_released(config: Config) -> None:
     search = search_of(config)
     draw(search, [], [])
@@ -176,7 +192,8 @@ def test_trials_on_private_data_share_nothing_but_the_key_of_their_names(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = search_of(with_values(config, data={"public": False}))
-    drawn = Draw("2026-01-01T00:00:00+00:00", (0, 0), (config.environment.seed,) * 2)
+    runs = (search.candidates[0].run_id,) * 2
+    drawn = Draw("2026-01-01T00:00:00+00:00", (0, 0), (config.environment.seed,) * 2, runs)
     monkeypatch.setattr(Search, "_drawn", lambda _: drawn)
     found = tried(search)
     assert found[0].run_id == found[1].run_id == search.candidates[0].run_id
@@ -238,6 +255,25 @@ def test_a_search_that_is_removed_and_drawn_again_is_booked_again(private: Searc
     (account,) = accounts_of()
     assert [booking.run for booking in account.bookings] == [private.released.run_id] * 2
     assert len(account.draws) == 2
+
+
+def test_a_run_that_hides_in_the_folder_of_a_search_is_refused(private: Search, tmp_path: Path) -> None:
+    """Trials are not booked: whatever else is in their folder would be free."""
+    trial = private.trials()[0]
+    own = Path(trial.config.compute.output_root)
+    places = {
+        own.parent / "99": "is no trial of a search",
+        own.parent / "x": "is no trial of a search",
+        tmp_path / SECRET_FOLDER / "search" / "0": "search.json is gone|is not what was drawn",
+    }
+    for place, why in places.items():
+        config = with_values(trial.config, compute={"output_root": str(place)})
+        with pytest.raises(ConfigError, match=why):
+            run.run(config)
+    cheaper = with_values(trial.config, privacy={"target_epsilon": 8.5})
+    with pytest.raises(ConfigError, match="is no trial of a search"):
+        run.run(cheaper)
+    assert run.run(trial.config, trial.overrides).status == "done"
 
 
 def test_a_draw_that_was_written_by_hand_or_copied_is_refused(private: Search) -> None:

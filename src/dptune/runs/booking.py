@@ -27,7 +27,7 @@ def book_run(config: Config, setup: Setup, folder: Path) -> None:
     """
     plan, score = setup.plan, config.privacy.score_noise_multiplier
     if is_trial(folder):
-        check_trial(folder)
+        check_trial(config, folder)
         return
     if is_public(config.data):
         check_public(config)

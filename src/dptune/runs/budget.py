@@ -32,6 +32,8 @@ from dptune.records.record import RECORD_FILE
 ACCOUNT_FILE, TOKEN_FILE = "budget.jsonl", "booking"
 SECRET_FOLDER = "NON_PRIVATE_trials"
 """Folder, inside the output folder, of all trials of all searches."""
+DRAW_FILE = "search.json"
+"""How many trials there are, and which: the secret of a search, in its folder."""
 PATIENCE = 60.0
 """Seconds that a run waits for other runs that book."""
 
@@ -127,26 +129,26 @@ def book(
         _append(path, rows)
 
 
-def drawn_once(folder: Path, name: str, draw: Callable[[], str]) -> str:
+def drawn_once(folder: Path, draw: Callable[[], str] | None = None) -> str:
     """What a search that is booked has drawn, from its file: drawn at the first call, and never again.
 
     The account keeps a hash of it, so that neither a lost file nor one that was written by hand is a draw.
 
     Args:
         folder: of the search, where the name of its booking is.
-        name: of the file.
-        draw: gives the text of the file, in which something random keeps the hash from telling the rest.
+        draw: gives the text of the file, in which something random keeps the hash from telling the rest; None where it
+            must have been drawn.
 
     Raises:
         ConfigError: when the file is not there, or not the same, although it was drawn.
     """
-    file = folder / name
+    file = folder / DRAW_FILE
     with _account() as path:
         accounts = _read(path)
         token = _token(folder, accounts)
         booked = [item for item in accounts if any(booking.token == token for booking in item.bookings)]
         known = {account.draws[token] for account in booked if token in account.draws}
-        if booked and not known and not file.exists():
+        if draw is not None and booked and not known and not file.exists():
             text = draw()
             known = {hashlib.sha256(text.encode()).hexdigest()}
             rows = [{"kind": "draw", "account": item.name, "token": token, "hash": min(known)} for item in booked]
@@ -157,8 +159,8 @@ def drawn_once(folder: Path, name: str, draw: Callable[[], str]) -> str:
         if known != {hashlib.sha256(text.encode()).hexdigest()}:
             raise BudgetError(
                 f"{file} is {'not what was drawn here' if file.exists() else 'gone, although it was drawn'}: how many "
-                f"trials there are is drawn once; put it back, or remove {folder} and start another search, which "
-                "costs as much again"
+                f"trials there are is drawn once; put it back, set DPTUNE_HOME to the account that it is in, or remove {folder} "
+                "and start another search, which costs as much again"
             )
         return text
 
@@ -197,8 +199,19 @@ def mark_done(config: Config, folder: Path) -> None:
         _note("ended", folder)
 
 
-def check_trial(folder: Path) -> None:
-    """Raises ConfigError for a trial that was begun and whose record is gone: to do it again would be choosing."""
+def check_trial(config: Config, folder: Path) -> None:
+    """Refuse what is no trial, and is not paid for, and a trial that is done again, which would be choosing.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    if not is_public(config.data):
+        number, runs = folder.parent.name, json.loads(drawn_once(folder.parent.parent)).get("runs", ())
+        if not number.isdecimal() or dict(enumerate(runs)).get(int(number)) != folder.name:
+            raise ConfigError(
+                f"{folder} is no trial of a search, whose folder {SECRET_FOLDER} it is in: its runs are not booked one "
+                "by one; use another compute.output_root"
+            )
     if _mark_of_trial(folder).exists() and not (folder / RECORD_FILE).exists():
         raise ConfigError(
             f"{folder} was begun, and its record is gone: a trial of a search is done once, however it ends; put it "
@@ -207,7 +220,7 @@ def check_trial(folder: Path) -> None:
 
 
 def _mark_of_trial(folder: Path) -> Path:
-    return folder.parent / f"begun-{folder.name}"
+    return folder.parent.parent / f"begun-{folder.parent.name}"
 
 
 def _note(what: str, folder: Path) -> None:

@@ -44,6 +44,7 @@ from dptune.records.record import (
     is_done,
     read,
 )
+from dptune.runs.budget import DRAW_FILE as DRAW_FILE
 from dptune.runs.budget import SECRET_FOLDER as SECRET_FOLDER
 from dptune.runs.budget import TOKEN_FILE, book, drawn_once
 from dptune.runs.folder import LOG_FILE
@@ -55,8 +56,6 @@ from dptune.sweeps.expand import released_by
 from dptune.sweeps.jobs import Job
 from dptune.sweeps.progress import NotDone, tried
 
-DRAW_FILE = "search.json"
-"""How many trials there are, and which: the secret of a search."""
 WARNING = (
     "NON-PRIVATE. How many trials a search had, which, how they did and how long they took must not be told:\n"
     "the epsilon of the released run rests on it. Keep this folder secret; when the search is finished, delete it.\n"
@@ -83,6 +82,8 @@ class Draw:
     """Candidate of each trial."""
     seeds: tuple[int, ...]
     """Seed of each trial."""
+    runs: tuple[str, ...] = ()
+    """Run id of each trial: nothing else is done in the folder of the search."""
     nonce: str = ""
     """Random: a hash of the rest would tell how many there are to whoever tries all numbers."""
 
@@ -213,7 +214,7 @@ class Search:
             secret.chmod(0o700)
             write_atomically(secret / "README", WARNING)
         if not is_public(self.candidates[0].config.data):
-            return Draw(**json.loads(drawn_once(self.secret, DRAW_FILE, self._text)))
+            return Draw(**json.loads(drawn_once(self.secret, self._text)))
         if not path.exists():
             write_once(path, self._text().encode())
         return Draw(**json.loads(path.read_text(encoding="utf-8")))
@@ -254,20 +255,20 @@ class Search:
         shares = keys.stream(Purpose.SWEEP_K, group="candidates").uniform(len(trials))
         # Trials with the same keys would be one trial. In secure mode each run has fresh ones anyway.
         seeds = [keys.stream(Purpose.SWEEP_K, step=trial, group="seeds").seed() >> 32 for trial in trials]
+        chosen = [int(share * len(self.candidates)) for share in shares]
+        seeds = [config.environment.seed] * len(trials) if secure else seeds
         return Draw(
             datetime.now(UTC).isoformat(timespec="seconds"),
-            tuple(int(share * len(self.candidates)) for share in shares),
-            tuple([config.environment.seed] * len(trials) if secure else seeds),
+            tuple(chosen),
+            tuple(seeds),
+            tuple(run_id(_seeded(self.candidates[at], seed)) for at, seed in zip(chosen, seeds, strict=True)),
             secrets.token_hex(16),
         )
 
     def _trial(self, number: int, job: Job, seed: int) -> Job:
         root = self.secret / str(number)
-        config = dataclasses.replace(
-            job.config,
-            environment=dataclasses.replace(job.config.environment, seed=seed),
-            compute=dataclasses.replace(job.config.compute, output_root=str(root)),
-        )
+        config = _seeded(job, seed)
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, output_root=str(root)))
         if not has_plain_hashes(config.data):
             # Private data must have the same fingerprint in a trial as anywhere else.
             key = local_key(self.root)
@@ -352,6 +353,11 @@ def score_of(record: RunRecord | None) -> float:
 def quoted(path: Path) -> str:
     """A path as a value in Hydra's grammar."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _seeded(job: Job, seed: int) -> Config:
+    """The config of a candidate with the seed of a trial."""
+    return dataclasses.replace(job.config, environment=dataclasses.replace(job.config.environment, seed=seed))
 
 
 def _common(config: Config) -> Mapping[str, Any]:
