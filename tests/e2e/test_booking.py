@@ -120,6 +120,19 @@ def test_a_folder_that_is_put_back_after_its_run_was_done_is_booked_again(
     assert len(the_account().bookings) == 2
 
 
+def test_a_checkpoint_of_a_done_run_that_is_put_back_is_booked_again(
+    private: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    private = interrupted(private, monkeypatch)
+    (folder,) = (path.parent for path in Path(private.compute.output_root).glob("*/record.json"))
+    shutil.copytree(folder / CHECKPOINT_FOLDER, tmp_path / "copy")
+    assert run(private).status == "done"
+    shutil.copytree(tmp_path / "copy", folder / CHECKPOINT_FOLDER)
+    (folder / "record.json").unlink()
+    assert run(private).status == "done"
+    assert [item.attempt for item in the_account().bookings] == [1, 2]
+
+
 def test_a_run_that_was_stopped_before_it_looked_at_data_is_booked_once(
     private: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

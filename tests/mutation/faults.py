@@ -1220,8 +1220,8 @@ FAULTS = (
     Fault(
         "a search whose draw is lost draws again",
         "runs/budget.py",
-        "if booked and not known and not file.exists():",
-        "if booked and not file.exists():",
+        "if draw is not None and booked and not known and not file.exists():",
+        "if draw is not None and booked and not file.exists():",
         ("e2e/test_search.py::test_a_draw_that_is_lost_is_not_drawn_again",),
     ),
     Fault(
@@ -1331,7 +1331,7 @@ FAULTS = (
         "runs/run.py",
         "        mark_done(config, folder.path)\n        record",
         "        record",
-        ("e2e/test_booking.py::test_a_folder_that_is_put_back_after_its_run_was_done_is_booked_again",),
+        ("e2e/test_booking.py::test_a_checkpoint_of_a_done_run_that_is_put_back_is_booked_again",),
     ),
     Fault(
         "noise that was used is used again",

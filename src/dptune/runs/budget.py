@@ -159,8 +159,8 @@ def drawn_once(folder: Path, draw: Callable[[], str] | None = None) -> str:
         if known != {hashlib.sha256(text.encode()).hexdigest()}:
             raise BudgetError(
                 f"{file} is {'not what was drawn here' if file.exists() else 'gone, although it was drawn'}: how many "
-                f"trials there are is drawn once; put it back, set DPTUNE_HOME to the account that it is in, or remove {folder} "
-                "and start another search, which costs as much again"
+                "trials there are is drawn once; put it back, set DPTUNE_HOME to the account that it is in, or remove "
+                f"{folder} and start another search, which costs as much again"
             )
         return text
 
