@@ -1139,8 +1139,8 @@ FAULTS = (
     Fault(
         "another label makes another person",
         "data/sketch.py",
-        'for part in (body, "" if example.options else example.output):',
-        'for part in ("", "" if example.options else example.output):',
+        "for part in (body or instruction, [] if example.options else answer):",
+        "for part in ([], [] if example.options else answer):",
         ("unit/test_account.py::test_the_same_people_have_one_account_however_they_are_exported",),
     ),
     Fault(

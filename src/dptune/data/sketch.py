@@ -62,12 +62,11 @@ def marks_of(example: Example) -> Iterator[int]:
 
     So a record is the same one with columns that are mapped otherwise, and with another instruction or label.
     """
-    body = example.input or example.instruction
-    yield _hash(sorted(words(f"{example.instruction} {example.input} {example.output}")))
-    for part in (body, "" if example.options else example.output):
-        found = words(part)
-        if sum(map(len, found)) >= TELLING:
-            yield _hash(found)
+    instruction, body, answer = words(example.instruction), words(example.input), words(example.output)
+    yield _hash(sorted((*instruction, *body, *answer)))
+    for part in (body or instruction, [] if example.options else answer):
+        if sum(map(len, part)) >= TELLING:
+            yield _hash(part)
 
 
 def _hash(found: list[str]) -> int:
