@@ -11,8 +11,9 @@ from test_search import search_of
 
 from dptune.config.schema import Config, ConfigError
 from dptune.privacy.budget import Account
-from dptune.records.record import CHECKPOINT_FOLDER
-from dptune.runs.booking import transcript
+from dptune.records.record import CHECKPOINT_FOLDER, LEDGER_FILE
+from dptune.runs import run as runs
+from dptune.runs.booking import goes_on
 from dptune.runs.budget import TOKEN_FILE, accounts_of, describe
 from dptune.runs.run import run
 from dptune.runs.setup import set_up
@@ -36,6 +37,20 @@ def the_account() -> Account:
     return account
 
 
+def stop(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted(private: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run that was stopped after its last step, with checkpoint and ledger."""
+    private = dataclasses.replace(private, compute=dataclasses.replace(private.compute, checkpoint_every=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_adapter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(private)
+    return private
+
+
 def test_a_run_is_booked_once_and_every_new_transcript_of_it_again(private: Config) -> None:
     record = run(private)
     (booking,) = the_account().bookings
@@ -49,23 +64,13 @@ def test_a_run_is_booked_once_and_every_new_transcript_of_it_again(private: Conf
 
 
 def test_going_on_from_a_checkpoint_is_the_same_transcript(private: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dptune.runs import run as runs
-
-    def stop(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    compute = dataclasses.replace(private.compute, checkpoint_every=1)
-    private = dataclasses.replace(private, compute=compute)
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_adapter", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(private)
+    private = interrupted(private, monkeypatch)
     (booking,) = the_account().bookings
     folder = Path(private.compute.output_root) / booking.run
     setup = set_up(private, booking.run)
-    assert transcript(setup, folder) == 1
+    assert goes_on(setup, folder)
     (folder / CHECKPOINT_FOLDER).rename(folder / "elsewhere")
-    assert transcript(setup, folder) == 2
+    assert not goes_on(setup, folder)
     (folder / "elsewhere").rename(folder / CHECKPOINT_FOLDER)
     assert run(private).status == "done"
     assert len(the_account().bookings) == 1
@@ -74,19 +79,10 @@ def test_going_on_from_a_checkpoint_is_the_same_transcript(private: Config, monk
 def test_a_copy_of_a_run_and_a_run_without_its_ledger_are_booked_again(
     private: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dptune.runs import run as runs
-
-    def stop(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    compute = dataclasses.replace(private.compute, checkpoint_every=1)
-    private = dataclasses.replace(private, compute=compute)
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_adapter", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(private)
+    private = interrupted(private, monkeypatch)
     root = Path(private.compute.output_root)
-    copy = dataclasses.replace(private, compute=dataclasses.replace(compute, output_root=str(root.parent / "copy")))
+    compute = dataclasses.replace(private.compute, output_root=str(root.parent / "copy"))
+    copy = dataclasses.replace(private, compute=compute)
     shutil.copytree(root, root.parent / "copy")
     assert run(copy).status == "done"
     assert len(the_account().bookings) == 2
@@ -96,6 +92,56 @@ def test_a_copy_of_a_run_and_a_run_without_its_ledger_are_booked_again(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert run(private).status == "done"
     assert sorted(item.attempt for item in the_account().bookings) == [1, 1, 2]
+
+
+def test_a_run_whose_ledger_was_emptied_is_booked_again(private: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = interrupted(private, monkeypatch)
+    (folder,) = (path.parent for path in Path(private.compute.output_root).glob("*/record.json"))
+    (folder / LEDGER_FILE).write_bytes(b"")
+    with pytest.raises(ConfigError, match="lacks rows"):
+        run(private)
+    shutil.rmtree(folder / CHECKPOINT_FOLDER)
+    (folder / LEDGER_FILE).write_bytes(b"")
+    assert run(private).status == "done"
+    assert [item.attempt for item in the_account().bookings] == [1, 2]
+
+
+def test_a_folder_that_is_put_back_after_its_run_was_done_is_booked_again(
+    private: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    private = interrupted(private, monkeypatch)
+    root = Path(private.compute.output_root)
+    shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copy2)
+    assert run(private).status == "done"
+    assert len(the_account().bookings) == 1
+    shutil.rmtree(root)
+    shutil.copytree(tmp_path / "copy", root, copy_function=shutil.copy2)
+    assert run(private).status == "done"
+    assert len(the_account().bookings) == 2
+
+
+def test_a_checkpoint_of_a_done_run_that_is_put_back_is_booked_again(
+    private: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    private = interrupted(private, monkeypatch)
+    (folder,) = (path.parent for path in Path(private.compute.output_root).glob("*/record.json"))
+    shutil.copytree(folder / CHECKPOINT_FOLDER, tmp_path / "copy")
+    assert run(private).status == "done"
+    shutil.copytree(tmp_path / "copy", folder / CHECKPOINT_FOLDER)
+    (folder / "record.json").unlink()
+    assert run(private).status == "done"
+    assert [item.attempt for item in the_account().bookings] == [1, 2]
+
+
+def test_a_run_that_was_stopped_before_it_looked_at_data_is_booked_once(
+    private: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "mark_begun", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(private)
+    assert run(private).status == "done"
+    assert len(the_account().bookings) == 1
 
 
 def test_a_run_that_does_not_fit_writes_nothing(private: Config) -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,18 @@ def one_process(config: Config, root: Path, *more: str) -> Path:
     return root / record.run_id
 
 
-def forked(config: Config, *more: str) -> list[Started]:
-    """Both ranks as torchrun starts them, without its own process."""
+def forked(config: Config, *more: str, second: Mapping[str, str] | None = None) -> list[Started]:
+    """Both ranks as torchrun starts them, without its own process; `second` has variables or a setting of its own."""
+    second = dict(second or {})
+    own = [second.pop("given")] if "given" in second else []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [Started(arguments(config, *more), **shared, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    return [
+        Started(arguments(config, *more), **shared, RANK="0", LOCAL_RANK="0"),
+        Started(arguments(config, *more, *own), **shared, **second, RANK="1", LOCAL_RANK="1"),
+    ]
 
 
 def two_processes(config: Config, root: Path, *more: str, by_torchrun: bool = False) -> Path:
@@ -120,6 +126,31 @@ def test_a_process_that_dies_ends_the_others_with_its_traceback_in_the_log(confi
     (log,) = tmp_path.glob("*/run.log")
     assert "the second one is ill" in log.read_text()
     assert run.run(composed(config)).status == "done"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"MKL_CBWR": "COMPATIBLE"},
+        {"given": "environment.engine=loop"},
+        {"given": "hyperparameter.max_grad_norm=50"},
+        {"given": "data.seed=7"},
+    ],
+    ids=["kernels", "engine", "clip norm", "data"],
+)
+def test_a_process_that_would_compute_otherwise_ends_the_run_before_anything_is_released(
+    config: Config, tmp_path: Path, other: dict[str, str]
+) -> None:
+    config.compute.output_root = str(tmp_path)
+    first, second = forked(config, second=other)
+    _, said = second.communicate(timeout=300)
+    assert second.returncode == 2 and "in another way than the first one" in said
+    assert said.count("\n") == 1
+    _, said = first.communicate(timeout=300)
+    assert first.returncode not in (0, None), said
+    record = records.read(folder_of(config))
+    assert record is not None and not record.is_done
+    assert not (folder_of(config) / "history.jsonl").exists() and not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_sweep_takes_a_launcher_instead(config: Config, tmp_path: Path) -> None:

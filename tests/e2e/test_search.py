@@ -1,6 +1,7 @@
 """A search: what it releases, what it keeps secret, and that it is the same search after an interruption."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -27,8 +28,9 @@ from dptune.records.record import RunFailed, RunRecord
 from dptune.report.composition import compositions
 from dptune.report.results import load_results as results
 from dptune.runs import run
+from dptune.runs.budget import TOKEN_FILE, accounts_of
 from dptune.runs.privacy import make_plan
-from dptune.runs.search import DRAW_FILE, SECRET_FOLDER, Search, trial_is_done
+from dptune.runs.search import DRAW_FILE, SECRET_FOLDER, Draw, Search, trial_is_done
 from dptune.runs.setup import data_of
 from dptune.sweeps import status
 from dptune.sweeps.expand import jobs_of_sweep
@@ -158,6 +160,22 @@ def test_failed_trials_have_the_worst_score_and_are_not_done_again(config: Confi
     assert not search.folder.exists()
 
 
+@pytest.mark.parametrize("what", ["all of it", "its folder", "its record"])
+def test_a_trial_that_is_removed_is_not_done_again(config: Config, what: str) -> None:
+    search = search_of(config, noise_mode="secure")
+    draw(search, [0, 0], [config.environment.seed] * 2)
+    tried(search)
+    job = search.trials()[1]
+    folder = Path(job.config.compute.output_root) / job.run_id
+    if what == "its record":
+        (folder / "record.json").unlink()
+    else:
+        shutil.rmtree(folder if what == "its folder" else folder.parent)
+    with pytest.raises(ConfigError, match="was begun, and its record is gone: a trial of a search is done once"):
+        run.run(job.config, job.overrides)
+    assert search.release() is None
+
+
 def test_without_any_trial_the_backbone_is_released(config: Config) -> None:
     search = search_of(config)
     draw(search, [], [])
@@ -170,9 +188,13 @@ def test_without_any_trial_the_backbone_is_released(config: Config) -> None:
     assert procedure.epsilon == pytest.approx(search.epsilon)
 
 
-def test_trials_on_private_data_share_nothing_but_the_key_of_their_names(config: Config) -> None:
+def test_trials_on_private_data_share_nothing_but_the_key_of_their_names(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     search = search_of(with_values(config, data={"public": False}))
-    draw(search, [0, 0], [config.environment.seed] * 2)
+    runs = (search.candidates[0].run_id,) * 2
+    drawn = Draw("2026-01-01T00:00:00+00:00", (0, 0), (config.environment.seed,) * 2, runs)
+    monkeypatch.setattr(Search, "_drawn", lambda _: drawn)
     found = tried(search)
     assert found[0].run_id == found[1].run_id == search.candidates[0].run_id
     assert {record.provenance["data"] for record in found} == {data_of(search.candidates[0].config).fingerprint}
@@ -181,6 +203,8 @@ def test_trials_on_private_data_share_nothing_but_the_key_of_their_names(config:
     assert len(adapters) == 2 and adapters[0] != adapters[1]
     record = released(search)
     assert record.cost is None and record.privacy is not None and record.privacy.noise_mode == "secure"
+    # Exact numbers of records are not told: nothing was paid for them.
+    assert record.privacy.score is not None and record.privacy.score_of is None
 
 
 def test_the_draw_is_made_once_and_follows_the_seed(config: Config, tmp_path: Path) -> None:
@@ -194,6 +218,96 @@ def test_the_draw_is_made_once_and_follows_the_seed(config: Config, tmp_path: Pa
     assert len({job.config.environment.seed for job in first}) == len(first)
     secure = [search_of(config, mean=30.0, noise_mode="secure")._drawn() for _ in range(2)]
     assert secure[0].candidates != secure[1].candidates
+
+
+@pytest.fixture
+def private(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
+    """A search on private data, that has drawn its trials."""
+    monkeypatch.setenv("DPTUNE_HOME", str(tmp_path / "home"))
+    search = search_of(with_values(config, data={"public": False}), mean=30.0)
+    assert search.trials() == search.trials()
+    return search
+
+
+def only(folder: Path, *names: str) -> None:
+    """Remove all but some files of a folder."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_draw_that_is_lost_is_not_drawn_again(private: Search) -> None:
+    trials, text = private.trials(), (private.secret / DRAW_FILE).read_bytes()
+    (private.secret / DRAW_FILE).unlink()
+    with pytest.raises(ConfigError, match="search.json is gone, although its trials are there.*put it back, or remove"):
+        private.trials()
+    only(private.secret, TOKEN_FILE)  # There are no trials either, but it was drawn.
+    with pytest.raises(ConfigError, match="search.json is gone, although it was drawn"):
+        private.trials()
+    assert not (private.secret / DRAW_FILE).exists()
+    (private.secret / DRAW_FILE).write_bytes(text)
+    assert private.trials() == trials
+
+
+def test_a_search_that_is_removed_and_drawn_again_is_booked_again(private: Search) -> None:
+    shutil.rmtree(private.secret)
+    private.trials()
+    (account,) = accounts_of()
+    assert [booking.run for booking in account.bookings] == [private.released.run_id] * 2
+    assert len(account.draws) == 2
+
+
+def test_a_run_that_hides_in_the_folder_of_a_search_is_refused(private: Search, tmp_path: Path) -> None:
+    """Trials are not booked: whatever else is in their folder would be free."""
+    trial = private.trials()[0]
+    own = Path(trial.config.compute.output_root)
+    places = {
+        own.parent / "99": "is no trial of a search",
+        own.parent / "x": "is no trial of a search",
+        tmp_path / SECRET_FOLDER / "search" / "0": "search.json is gone|is not what was drawn",
+    }
+    for place, why in places.items():
+        config = with_values(trial.config, compute={"output_root": str(place)})
+        with pytest.raises(ConfigError, match=why):
+            run.run(config)
+    cheaper = with_values(trial.config, privacy={"target_epsilon": 8.5})
+    with pytest.raises(ConfigError, match="is no trial of a search"):
+        run.run(cheaper)
+    assert run.run(trial.config, trial.overrides).status == "done"
+
+
+def test_a_draw_that_was_written_by_hand_or_copied_is_refused(private: Search) -> None:
+    path = private.secret / DRAW_FILE
+    drawn = json.loads(path.read_text())
+    drawn["candidates"], drawn["seeds"] = drawn["candidates"][:1], drawn["seeds"][:1]
+    path.write_text(json.dumps(drawn))
+    with pytest.raises(ConfigError, match="search.json is not what was drawn here"):
+        private.trials()
+    other = search_of(with_values(private.candidates[0].config, environment={"seed": 9}), mean=30.0)
+    shutil.copytree(private.secret, other.secret)
+    with pytest.raises(ConfigError, match="search.json is not what was drawn here"):
+        other.trials()
+
+
+def test_the_account_does_not_tell_how_many_trials_were_drawn(private: Search) -> None:
+    """Whoever reads it could try all numbers, if the hash were of them alone."""
+    (known,) = accounts_of()[0].draws.values()
+    drawn = Draw(**json.loads((private.secret / DRAW_FILE).read_text()))
+    assert len(drawn.nonce) == 32
+    assert known == hash_of(drawn) != hash_of(dataclasses.replace(drawn, nonce=""))
+
+
+def hash_of(drawn: Draw) -> str:
+    return hashlib.sha256(f"{json.dumps(dataclasses.asdict(drawn))}\n".encode()).hexdigest()
+
+
+def test_a_draw_on_public_data_is_not_made_again_beside_its_trials(config: Config) -> None:
+    search = search_of(config, mean=8.0, noise_mode="secure")
+    search.trials()
+    (search.secret / "0").mkdir()
+    (search.secret / DRAW_FILE).unlink()
+    with pytest.raises(ConfigError, match="search.json is gone, although its trials are there"):
+        search.trials()
 
 
 def test_candidates_are_drawn_alike(config: Config) -> None:

@@ -3,13 +3,19 @@
 One table. A row is a config, as overrides of a small run, and what must come of it. What is accounted is compared with
 an epsilon that is computed here, from the numbers of the row, by a convolution of privacy losses that shares no code
 with the accountant, and the sampler of the plan is asked for its rate. Nothing is trained.
+
+A second table is what such a person does with folders, files and accounts of runs, one thing after the other.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import gzip
 import json
 import math
+import os
+import shutil
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +28,15 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import signal, special, stats
 
-from dptune.config.checks import strict
+from dptune.config.checks import strict, with_values
 from dptune.config.schema import Config, ConfigError, noise_mode
 from dptune.data.sources import load_dataset
 from dptune.identity import run_id
+from dptune.privacy.budget import Spending
+from dptune.privacy.events import Event
 from dptune.privacy.selection import Repetitions
 from dptune.privacy.streams import KeyRing
+from dptune.runs.budget import ACCOUNT_FILE, TOKEN_FILE, accounts_of, book, home, mark_begun, mark_done
 from dptune.runs.privacy import make_plan
 from dptune.runs.search import Search
 from dptune.sweeps.jobs import Job
@@ -756,3 +765,341 @@ def test_what_comes_of_a_config(overrides: str, outcome: Any, files: Path, tmp_p
             assert not plan.private and plan.epsilon() == math.inf and plan.events() == ()
         case Searched():
             check_search(outcome, overrides, files, tmp_path)
+
+
+# --- what is done with folders, files and accounts
+
+LIMIT = 4.0
+"""A budget that a run with the first of two noise multipliers keeps, and not one with the second."""
+SMALL, LARGE = 8.0, 0.9
+
+
+class World:
+    """A machine with data, output folders and an account."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = [
+            {
+                "instruction": "Say what this is about.",
+                "input": f"Case {n}: the parcel for house {n * 17} was not delivered on day {n}.",
+                "output": f"post {n}",
+                "task": ("sort", "tell")[n % 2],
+                "user": f"person {n // 3}",
+                "split": (*["train"] * 8, "validation", "test")[n // 3 % 10],
+            }
+            for n in range(240)
+        ]
+        self.file = self.written("people.jsonl", self.rows)
+
+    def written(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    def config(self, file: Path | None = None, root: str = "out", **values: Any) -> Config:
+        given = {
+            "data.name": "files",
+            "data.path": str(file or self.file),
+            "data.train_size": None,
+            "compute.output_root": str(self.folder / root),
+            "privacy.delta": 1e-4,
+            "hyperparameter.expected_batch_size": 16,
+            **{name.replace("__", "."): value for name, value in values.items()},
+        }
+        return with_values(Config(), given.items())
+
+    def run(
+        self, name: str = "run", sigma: float = SMALL, *, goes_on: bool = False, done: bool = True, **more: Any
+    ) -> Path:
+        """Book a run as `runs.booking` does, let it look at data, and perhaps end it; its folder."""
+        config = self.config(**more)
+        folder = Path(config.compute.output_root) / name
+        group = config.privacy.examples_per_user or 1
+        spending = Spending.of_run([Event(sigma, 0.1, 50, group)], [], config.privacy.delta)
+        book(config, load_dataset(config), name, folder, spending, goes_on=goes_on)
+        if not goes_on:
+            mark_begun(config, folder)
+        if done:
+            mark_done(config, folder)
+        return folder
+
+    @property
+    def charged(self) -> list[int]:
+        """Number of charged runs of each account of examples."""
+        return [len(account.private) for account in accounts_of() if account.unit == "example"]
+
+
+USERS = {"privacy__unit": "user_els", "privacy__examples_per_user": 3}
+
+
+def runs_in_two_output_folders(world: World) -> None:
+    world.run(root="a")
+    world.run(root="b")
+
+
+def copies_the_name_of_a_booking_to_another_run(world: World) -> None:
+    first = world.run("one")
+    (world.folder / "out" / "two").mkdir()
+    shutil.copy2(first / TOKEN_FILE, world.folder / "out" / "two" / TOKEN_FILE)
+    world.run("two")
+
+
+def links_the_name_of_a_booking_to_another_run(world: World) -> None:
+    first = world.run("one", done=False)
+    (world.folder / "out" / "two").mkdir()
+    os.link(first / TOKEN_FILE, world.folder / "out" / "two" / TOKEN_FILE)
+    world.run("two", goes_on=True)
+
+
+def links_a_run_to_another_output_folder(world: World) -> None:
+    first = world.run("one", done=False)
+    (world.folder / "b" / "one").mkdir(parents=True)
+    os.link(first / TOKEN_FILE, world.folder / "b" / "one" / TOKEN_FILE)
+    world.run("one", root="b", goes_on=True)
+
+
+def puts_a_folder_back_where_it_had_been(world: World) -> None:
+    folder = world.run(done=False)
+    shutil.copytree(folder, world.folder / "copy")
+    shutil.rmtree(folder)
+    shutil.copytree(world.folder / "copy", folder)
+    world.run(goes_on=True)
+
+
+def swaps_a_folder_with_its_copy(world: World) -> None:
+    folder = world.run(done=False)
+    shutil.copytree(folder, world.folder / "copy")
+    world.run(goes_on=True)
+    folder.rename(world.folder / "old")
+    (world.folder / "copy").rename(folder)
+    world.run(goes_on=True)
+
+
+def does_a_run_again_without_its_checkpoint(world: World) -> None:
+    world.run(done=False)
+    world.run(done=False)
+
+
+def empties_the_ledger(world: World) -> None:
+    folder = world.run(done=False)
+    (folder / "ledger.jsonl").write_bytes(b"")
+    world.run()
+
+
+def puts_the_checkpoint_of_a_done_run_back(world: World) -> None:
+    world.run()
+    world.run(goes_on=True)
+
+
+def removes_all_but_the_name_of_the_booking(world: World) -> None:
+    folder = world.run()
+    for path in folder.iterdir():
+        if path.name != TOKEN_FILE:
+            path.unlink()
+    world.run()
+
+
+def writes_the_name_of_a_booking_by_hand(world: World) -> None:
+    token = accounts_of()[0].bookings[0].token if world.run(done=False) else ""
+    (world.folder / "b" / "run").mkdir(parents=True)
+    (world.folder / "b" / "run" / TOKEN_FILE).write_text(token)
+    world.run(root="b", goes_on=True)
+
+
+def tears_the_last_line_of_the_account(world: World) -> None:
+    world.run()
+    with (home() / ACCOUNT_FILE).open("ab") as stream:
+        stream.write(b'{"kind": "ended", "acc')
+    world.run("other")
+
+
+def takes_each_task_by_itself(world: World) -> None:
+    world.run("sort", data__tasks=["sort"])
+    world.run("tell", data__tasks=["tell"])
+
+
+def compresses_the_file(world: World) -> None:
+    world.run("one")
+    packed = world.folder / "other.jsonl.gz"
+    packed.write_bytes(gzip.compress(world.file.read_bytes()))
+    world.run("two", file=packed)
+
+
+def writes_the_file_as_a_table(world: World) -> None:
+    world.run("one")
+    table = world.folder / "people.csv"
+    with table.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, sorted(world.rows[0]), quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(world.rows)
+    world.run("two", file=table)
+
+
+def puts_the_file_among_others(world: World) -> None:
+    world.run("one")
+    others = [
+        {**row, "input": f"Nobody asked about this, {n}.", "output": f"x {n}"} for n, row in enumerate(world.rows)
+    ]
+    world.written("all/others.jsonl", others * 3)
+    shutil.copy(world.file, world.folder / "all" / "more.jsonl")
+    world.run("two", file=world.folder / "all")
+
+
+def moves_everybody_to_another_split(world: World) -> None:
+    world.run("one")
+    moved = [{**row, "split": ("test", "train")[n > 200]} for n, row in enumerate(world.rows)]
+    world.run("two", file=world.written("moved.jsonl", moved))
+
+
+def trains_on_halves_and_on_the_whole(world: World) -> None:
+    """Halves of which neither has anything in common with the other, until the whole does with both."""
+    halves = [world.written(f"half{n}.jsonl", world.rows[n * 120 : n * 120 + 120]) for n in range(2)]
+    world.run("first", file=halves[0])
+    world.run("second", file=halves[1])
+    world.run("whole")
+    world.run("again", file=halves[0])
+
+
+SEQUENCES: list[tuple[Callable[[World], None], list[int]]] = [
+    (runs_in_two_output_folders, [2]),
+    (copies_the_name_of_a_booking_to_another_run, [2]),
+    (links_the_name_of_a_booking_to_another_run, [2]),
+    (links_a_run_to_another_output_folder, [2]),
+    (puts_a_folder_back_where_it_had_been, [2]),
+    (swaps_a_folder_with_its_copy, [2]),
+    (does_a_run_again_without_its_checkpoint, [2]),
+    (empties_the_ledger, [2]),
+    (puts_the_checkpoint_of_a_done_run_back, [2]),
+    (removes_all_but_the_name_of_the_booking, [2]),
+    (writes_the_name_of_a_booking_by_hand, [2]),
+    (tears_the_last_line_of_the_account, [2]),
+    (takes_each_task_by_itself, [2]),
+    (compresses_the_file, [2]),
+    (writes_the_file_as_a_table, [2]),
+    (puts_the_file_among_others, [2]),
+    (moves_everybody_to_another_split, [2]),
+    (trains_on_halves_and_on_the_whole, [3, 3]),
+]
+"""What is done, and how many runs are charged to each account of examples then."""
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setenv("DPTUNE_HOME", str(tmp_path / "home"))
+    return World(tmp_path)
+
+
+@pytest.mark.parametrize(("act", "charged"), SEQUENCES, ids=[act.__name__ for act, _ in SEQUENCES])
+def test_what_is_done_with_files_is_charged(act: Callable[[World], None], charged: list[int], world: World) -> None:
+    act(world)
+    assert world.charged == charged
+
+
+def test_a_run_that_goes_on_where_it_is_is_charged_once(world: World) -> None:
+    """Of the sequences above none would mean anything if everything were charged again."""
+    world.run(done=False)
+    world.run(goes_on=True, done=False)
+    (world.folder / "out").rename(world.folder / "elsewhere")
+    world.run(root="elsewhere", goes_on=True)
+    assert world.charged == [1]
+
+
+def names_no_limit_in_another_folder(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    world.run("large", LARGE, root="b")
+
+
+def names_a_higher_limit(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    world.run("large", LARGE, privacy__budget=100.0)
+
+
+def takes_users_for_examples(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    world.run("large", LARGE, **USERS)
+
+
+def takes_users_by_their_mean(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    world.run("large", 2.0, privacy__unit="user_uls", privacy__examples_per_user=3)
+
+
+def takes_examples_for_users(world: World) -> None:
+    world.run(privacy__budget=LIMIT, **USERS)
+    world.run("large")
+
+
+def names_a_budget_of_users_after_runs_on_examples(world: World) -> None:
+    world.run()
+    world.run("users", privacy__budget=LIMIT, **USERS)
+
+
+def takes_another_delta(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    world.run("other", privacy__budget=LIMIT, privacy__delta=1e-3)
+
+
+def takes_another_delta_without_a_limit(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    world.run("other", LARGE, privacy__delta=1e-3)
+
+
+def says_that_the_file_is_public(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    world.run("open", data__public=True)
+
+
+def adds_other_people_to_the_file(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    others = [{**row, "input": f"Nobody asked about this, {n}."} for n, row in enumerate(world.rows)]
+    world.run("large", LARGE, file=world.written("more.jsonl", [*others, *world.rows[:40]]))
+
+
+def mixes_two_files_of_which_one_has_a_budget(world: World) -> None:
+    halves = [world.written(f"half{n}.jsonl", world.rows[n * 120 : n * 120 + 120]) for n in range(2)]
+    world.run("limited", file=halves[0], privacy__budget=LIMIT)
+    world.run("free", file=halves[1])
+    world.run("large", LARGE)
+
+
+def puts_the_lines_of_the_account_in_another_order(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    file = home() / ACCOUNT_FILE
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    world.run("large", LARGE)
+
+
+def breaks_a_line_of_the_account(world: World) -> None:
+    world.run(privacy__budget=LIMIT)
+    file = home() / ACCOUNT_FILE
+    file.write_text(file.read_text().replace('"limit": 4.0', '"limit": 4.0.0'))
+    world.run("large", LARGE)
+
+
+REFUSALS: list[tuple[Callable[[World], None], str]] = [
+    (names_no_limit_in_another_folder, "of 4 is left after 1 runs"),
+    (names_a_higher_limit, "the account's limit is 4"),
+    (takes_users_for_examples, "unit example"),
+    (takes_users_by_their_mean, "unit example"),
+    (takes_examples_for_users, "protects single examples, and bounds nothing for a user"),
+    (names_a_budget_of_users_after_runs_on_examples, "no budget of unit user can hold"),
+    (takes_another_delta, "kept at delta 0.0001, not at 0.001"),
+    (takes_another_delta_without_a_limit, "of 4 is left after 1 runs"),
+    (says_that_the_file_is_public, "has a budget of 4"),
+    (adds_other_people_to_the_file, "of 4 is left after 1 runs"),
+    (mixes_two_files_of_which_one_has_a_budget, "of 4 is left after 1 runs"),
+    (puts_the_lines_of_the_account_in_another_order, "is damaged"),
+    (breaks_a_line_of_the_account, "is damaged"),
+]
+"""What is done, and why its last run is refused."""
+
+
+@pytest.mark.parametrize(("act", "why"), REFUSALS, ids=[act.__name__ for act, _ in REFUSALS])
+def test_what_is_done_to_get_around_a_budget_is_refused(act: Callable[[World], None], why: str, world: World) -> None:
+    with pytest.raises(ConfigError) as caught:
+        act(world)
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not any((world.folder / root / "large").exists() for root in ("out", "b"))

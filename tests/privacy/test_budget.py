@@ -6,12 +6,13 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from dptune.privacy import accounting
 from dptune.privacy.budget import Account, Booking, BudgetError, Spending, order_for, parse
 from dptune.privacy.events import Event
 from dptune.privacy.pld import compose
-from dptune.privacy.renyi import ORDERS, epsilon_at
+from dptune.privacy.renyi import ORDERS, epsilon_at, exchange_curve, renyi_curve
 from dptune.privacy.selection import Repetitions, epsilon_best, score_event
 
 DELTA, RATE = 1e-5, 0.0256
@@ -140,6 +141,40 @@ def test_a_search_costs_what_its_theorem_says_and_a_score_the_larger_part() -> N
     assert scored.at(8.0) == pytest.approx(8.0 / (2 * 5.0**2))
 
 
+@pytest.mark.parametrize(("sigma", "rate"), [(0.8, 0.01), (1.0, 0.2), (3.0, 0.0256), (2.0, 1.0)])
+def test_exchanging_a_unit_costs_more_than_leaving_it_out_and_no_more_than_is_charged(
+    sigma: float, rate: float
+) -> None:
+    """The mean of a user whose record is left out may turn round: from the clip bound to its opposite."""
+    x = np.linspace(-80, 80, 40_001)
+
+    def log_density(shift: float) -> np.ndarray:
+        parts = [stats.norm.logpdf(x, at, sigma) for at in (0.0, shift)]
+        return special.logsumexp(parts, axis=0, b=np.array([[1 - rate], [rate]]))
+
+    one, other = log_density(1.0), log_density(-1.0)
+    curve = renyi_curve([Event(sigma, rate, 1)])
+    charged = exchange_curve(curve)
+    for order in (1.5, 2.0, 4.0, 8.0):
+        at = ORDERS.index(order)
+        moment = special.logsumexp(order * one + (1 - order) * other) + math.log(x[1] - x[0])
+        exact = float(moment) / (order - 1)
+        assert curve[at] < exact <= charged[at]
+    assert math.isinf(charged[-1])
+
+
+@pytest.mark.parametrize(("unit", "same"), [("user_els", True), ("user_uls", False)])
+def test_what_a_run_by_user_costs_its_examples(unit: str, same: bool) -> None:
+    cost = spending(2.0, 50)
+    by_unit = cost.by_unit(unit)
+    assert by_unit["user"] is cost
+    example = by_unit["example"]
+    assert example is not None
+    assert (example is cost) == same
+    assert example.at(8.0) == cost.at(8.0) if same else example.at(8.0) > 2 * cost.at(8.0)
+    assert cost.by_unit("example") == {"example": cost, "user": None}
+
+
 def test_lines_make_the_accounts_and_a_damaged_one_is_named() -> None:
     account = opened(spending(1.0, 10))
     booked(account, spending(1.0, 10), 9.0)
@@ -148,9 +183,11 @@ def test_lines_make_the_accounts_and_a_damaged_one_is_named() -> None:
         json.dumps(opening | {"order": account.order}),
         json.dumps({"kind": "data", "account": "a", "source": "s", "records": ["r"]}),
         json.dumps({"kind": "run", "account": "a", **asdict(account.bookings[0])}),
+        json.dumps({"kind": "draw", "account": "a", "token": "t", "hash": "h"}),
     ]
     (read,) = parse(lines)
     assert (read.bookings, read.sources, read.records) == (account.bookings, {"s"}, {"r"})
+    assert read.draws == {"t": "h"}
     assert read.limit == 9.0
     assert math.isclose(read.spent, account.spent)
     with pytest.raises(BudgetError, match="line 2 cannot be read"):

@@ -178,6 +178,22 @@ def test_epsilon_of_a_search_by_the_published_formula(sigma: float, sigma_score:
     assert oracle <= found <= oracle * 1.001
 
 
+@pytest.mark.parametrize(("sigma", "mean"), [(1.5, 2.0), (3.0, 8.0), (2.0, 40.0)])
+def test_epsilon_of_a_poisson_search_by_the_published_formula(sigma: float, mean: float) -> None:
+    """Theorem 6 of arXiv:2110.03620 written out for a Gaussian: its mean counts at each order, not in the end alone."""
+    delta_, orders = 1e-5, np.linspace(1.01, 200, 4_000)
+    curve = orders / (2 * sigma**2)
+    converted = []
+    for order in orders:
+        exponents = (orders - 1) * (curve - math.log1p(1 / (order - 1)) + np.log1p(-1 / orders)) - np.log(orders)
+        single = float(np.exp(min(exponents.min(), 0.0)))
+        divergence = order / (2 * sigma**2) + mean * single + math.log(mean) / (order - 1)
+        converted.append(divergence + math.log1p(-1 / order) - math.log(delta_ * order) / (order - 1))
+    found = epsilon_best([[Event(sigma, 1.0)]], Repetitions(mean, math.inf), delta_)
+    assert min(converted) <= found * (1 + 1e-6)
+    assert found <= min(converted) * 1.002
+
+
 def test_the_score_is_an_honest_gaussian_on_a_public_grid() -> None:
     scores = np.array([noisy_score(7, 3.0, KeyRing.reproducible(seed, "run")) for seed in range(4_000)])
     assert abs(scores.mean() - 7) < 4 * 3.0 / math.sqrt(scores.size)

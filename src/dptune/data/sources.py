@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
-from dptune.config.schema import SPLITS, Config, ConfigError, DataConfig, has_plain_hashes, is_open
+from dptune.config.schema import SPLITS, Config, ConfigError, DataConfig, has_plain_hashes, is_open, is_public
 from dptune.data.conditions import apply_to_test, apply_to_training
 from dptune.data.mapping import BadRecord, ColumnMapping
 from dptune.data.readers import LAYOUTS, DataError, Fault, parts
 from dptune.data.schema import Example
+from dptune.data.sketch import Sketch, words
 from dptune.data.stability import declared_records, stability_of
 from dptune.data.subsets import Mixture, Share, Smallest
 from dptune.data.supportdesk import generate, held_out
@@ -50,6 +49,8 @@ class Dataset:
     """Bad records that were left out: NON_PRIVATE."""
     protected: frozenset[bytes] = field(default=frozenset(), repr=False)
     """Fingerprint of each record that was read, kept or not, where public records are to be compared with them."""
+    sketch: tuple[int, ...] = field(default=(), repr=False)
+    """Hashes by which private records that were read, kept or not, are known again: NON_PRIVATE, and without a key."""
 
     @property
     def fingerprint(self) -> str:
@@ -73,11 +74,14 @@ def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None)
     data, skipped = config.data, Skipped()
     held_out = {split: Smallest(getattr(data, f"{split}_size"), data.seed) for split in SPLITS if split != "train"}
     training = _training_subset(data)
-    tasks, protected = set[str](), set[bytes]()
+    tasks, protected, sketch = set[str](), set[bytes](), Sketch()
+    private = not is_public(data)
     for example in _checked(config, tokens, skipped):
         tasks.add(example.task)
         if config.privacy.projection == "public":
             protected.add(words_of(example))
+        if private:
+            sketch.offer(example)
         if data.tasks is None or example.task in data.tasks:
             (training if example.split == "train" else held_out[example.split]).offer(example)
     if unknown := set(data.tasks or ()) - tasks:
@@ -93,7 +97,7 @@ def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None)
                 f"source's splits with data.splits, or change data.tasks and data.{split}_size"
             )
     key = b"" if has_plain_hashes(data) else local_key(Path(config.compute.output_root))
-    return Dataset(train, validation, test, is_open(data), key, skipped, frozenset(protected))
+    return Dataset(train, validation, test, is_open(data), key, skipped, frozenset(protected), sketch.lowest())
 
 
 def _training_subset(data: DataConfig) -> Share | Mixture:
@@ -127,8 +131,7 @@ def public_examples(config: Config, data: Dataset) -> list[Example]:
 
 def words_of(example: Example) -> bytes:
     """Fingerprint of what a record says, however it is spelled, spaced or answered."""
-    words = unicodedata.normalize("NFKC", f"{example.instruction} {example.input}").casefold()
-    return hashlib.blake2b(" ".join(re.findall(r"\w+", words)).encode(), digest_size=16).digest()
+    return hashlib.blake2b(" ".join(words(f"{example.instruction} {example.input}")).encode(), digest_size=16).digest()
 
 
 def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: Skipped) -> Iterator[Example]:

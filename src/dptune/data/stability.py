@@ -88,6 +88,7 @@ STABILITY: Mapping[str, Rule] = {
         (
             *("sources.load_dataset", "sources.Dataset", "sources.Source", "sources.public_examples"),
             *("sources.words_of", "sources._training_subset", "subsets.uniform", "subsets.content"),
+            *("sketch.words", "sketch.Sketch", "sketch.marks_of", "sketch._hash"),
             *("conditions.apply_to_training", "conditions.chosen"),
         ),
     ),

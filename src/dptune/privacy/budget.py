@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dptune.privacy import accounting
 from dptune.privacy.accounting import epsilon_text
 from dptune.privacy.events import Event
-from dptune.privacy.renyi import ORDERS, epsilon_at, optimum, renyi_curve
+from dptune.privacy.renyi import ORDERS, epsilon_at, exchange_curve, optimum, renyi_curve
 from dptune.privacy.selection import Repetitions, curve_best, epsilon_best
 
 
@@ -67,6 +67,22 @@ class Spending:
             f"best of a secret number of runs (mean {repetitions.mean:g})",
         )
 
+    def by_unit(self, unit: str) -> dict[str, Spending | None]:
+        """What it costs the accounts of examples and of users, by the unit of the run (SPECIFICATION.md 8.3).
+
+        None where it bounds nothing: a user may have any number of examples.
+        """
+        if unit == "example":
+            return {"example": self, "user": None}
+        if unit != "user_uls":
+            return {"user": self, "example": self}
+        # One record less may turn its user's mean round: that is another user, not one user less.
+        curve = exchange_curve(self.curve)
+        one = replace(
+            self, curve=curve, epsilon=optimum(curve, self.delta)[0], what=f"{self.what}, as one user for another"
+        )
+        return {"user": self, "example": one}
+
     def at(self, order: float) -> float:
         """Rényi divergence at an order of `ORDERS`."""
         return float(self.curve[ORDERS.index(order)])
@@ -86,6 +102,7 @@ class Booking:
         what: of what.
         limit: the budget that the run named, if any.
         at: when, in UTC.
+        unit: of its guarantee; empty for none, and in bookings of earlier versions for the account's own.
     """
 
     token: str
@@ -97,6 +114,7 @@ class Booking:
     what: str
     limit: float | None
     at: str
+    unit: str = ""
 
 
 @dataclass
@@ -112,6 +130,10 @@ class Account:
         sources: hashes of the sources that belong to it.
         records: hashes of some records of each.
         bookings: in their order.
+        places: of the file that names a booking, by that name, as its system tells it from any other.
+        draws: hash of how many trials a search has, and which, by the name of its booking.
+        begun: transcripts, by name and number of their booking, that have looked at data.
+        ended: those of runs that are done, which cannot go on.
     """
 
     name: str
@@ -122,11 +144,31 @@ class Account:
     sources: set[str] = field(default_factory=set)
     records: set[str] = field(default_factory=set)
     bookings: list[Booking] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
+    draws: dict[str, str] = field(default_factory=dict)
+    begun: set[tuple[str, int]] = field(default_factory=set)
+    ended: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def private(self) -> list[Booking]:
         """The bookings that have a guarantee."""
         return [booking for booking in self.bookings if booking.cost is not None]
+
+    def is_over(self, booking: Booking, *, goes_on: bool) -> bool:
+        """Whether what comes next is another transcript than a booked one.
+
+        Args:
+            booking: the last one of a run.
+            goes_on: whether the run goes on from a checkpoint.
+        """
+        name = booking.token, booking.attempt
+        # Of bookings of earlier versions it is not known.
+        return name in self.ended or (not goes_on and (name in self.begun or not booking.unit))
+
+    @property
+    def foreign(self) -> list[Booking]:
+        """Runs on examples in an account of users, whom they promise nothing."""
+        return [booking for booking in self.bookings if booking.unit == "example" != self.unit]
 
     @property
     def limit(self) -> float | None:
@@ -170,6 +212,12 @@ class Account:
         limit = min((value for value in (self.limit, named) if value is not None), default=None)
         if limit is None:
             return
+        if self.foreign:
+            raise BudgetError(
+                f"{len(self.foreign)} runs on {self.label} protect single examples, and bound nothing for a user, who "
+                f"may have any number of them: no budget of unit {self.unit} can hold; leave privacy.budget out, or "
+                "set it for privacy.unit=example"
+            )
         if named is not None and spending.delta != self.delta:
             raise BudgetError(
                 f"the budget of {self.label} is kept at delta {self.delta:g}, not at {spending.delta:g}; "
@@ -187,6 +235,27 @@ class Account:
             f"{self.left_text(limit)} of {limit:g} is left after {len(self.private)} runs, at delta {self.delta:g} and "
             f"unit {self.unit}; take more noise, fewer steps or a smaller batch (`dptune budget` shows the account)"
         )
+
+    def check_foreign(self, run: str) -> None:
+        """Refuse a run on examples where users have a budget.
+
+        Raises:
+            BudgetError: naming the way out.
+        """
+        if self.limit is not None:
+            raise BudgetError(
+                f"run {run} protects single examples, and bounds nothing for a user of {self.label}, who may have any "
+                f"number of them, but has a budget of {self.limit:g}; take privacy.unit=user_els with "
+                "privacy.examples_per_user"
+            )
+
+    def carried(self) -> list[Booking]:
+        """Its runs on examples as they stand in an account of users that is opened later: without a bound."""
+        own = (booking for booking in self.bookings if booking.unit in ("", "example"))
+        return [
+            replace(booking, cost=None, epsilon=None, limit=None, unit="" if booking.cost is None else "example")
+            for booking in own
+        ]
 
 
 def order_for(spending: Spending, limit: float | None) -> float:
@@ -219,6 +288,12 @@ def parse(lines: Iterable[str]) -> list[Account]:
             elif kind == "data":
                 accounts[name].sources.add(row["source"])
                 accounts[name].records.update(row["records"])
+            elif kind == "place":
+                accounts[name].places[row["token"]] = row["place"]
+            elif kind == "draw":
+                accounts[name].draws[row["token"]] = row["hash"]
+            elif kind in ("begun", "ended"):
+                getattr(accounts[name], kind).add((row["token"], row["attempt"]))
             else:
                 accounts[name].bookings.append(Booking(**row))
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -64,6 +64,21 @@ def _curve(noise_multiplier: float, sample_rate: float, group_size: int) -> NDAr
     return curve
 
 
+def exchange_curve(curve: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Curve at `ORDERS` for data in which one unit is exchanged for another, from that for one more or less.
+
+    The weak triangle inequality (Mironov 2017, arXiv:1702.07476, Proposition 11, with p = q = 2) by way of the data
+    without the unit. Between orders the next higher one counts, as divergences grow with the order.
+    """
+    orders = np.array(ORDERS)
+    # A sentinel of infinity stands for all orders above the last one.
+    higher = np.append(curve, np.inf)
+    twice = higher[np.searchsorted(orders, 2 * orders - 1e-9)]
+    less = higher[np.searchsorted(orders, 2 * orders - 1 - 1e-9)]
+    exchanged: NDArray[np.float64] = (orders - 0.5) / (orders - 1) * twice + less
+    return exchanged
+
+
 def epsilon_at(divergence: float, order: float, delta: float) -> float:
     """Epsilon of an (order, divergence)-RDP mechanism at `delta`.
 

@@ -119,7 +119,7 @@ class Privacy:
     score_noise_multiplier: float | None = None
     """Standard deviation of its noise."""
     score_of: int | None = None
-    """Number of validation records."""
+    """Number of validation records; null of private data, of which it is not told."""
     stand_in: bool = False
     """The data is public: epsilon is stated as if it were private."""
     not_covered: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -40,6 +41,7 @@ from dptune.records.record import (
     read,
 )
 from dptune.runs.booking import book_run
+from dptune.runs.budget import mark_begun, mark_done
 from dptune.runs.card import CARD_FILE, adapter_card
 from dptune.runs.folder import Report, RunFolder, Steps, log_traceback
 from dptune.runs.privacy import describe, privacy_of, said_if_slow, spent, uncovered_test
@@ -124,7 +126,7 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
     start = start_of(setup, folder)
     write_atomically(folder.path / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_atomically(folder.path / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
-    agreed = Agreement(True, start.step if start else 0, setup.path.digest, setup.keys.master)
+    agreed = Agreement(True, start.step if start else 0, digest_of(setup), setup.keys.master)
     ranks.broadcast(agreed.to_bytes())
     for note in setup.path.notes:
         folder.log(f"not used: {note}")
@@ -141,6 +143,7 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
     try:
         measure_and_train(config, setup, record, folder, tracker, ranks, start, begin)
         folder.lock.check()
+        mark_done(config, folder.path)
         record.status = "done"
         record.write(folder.path)
         checkpoint.remove(folder.path / CHECKPOINT_FOLDER)
@@ -173,17 +176,19 @@ def run_as_other_rank(config: Config, ranks: Ranks) -> RunRecord:
         if agreed.go:
             setup = set_up(config, identity)
             setup = dataclasses.replace(setup, keys=dataclasses.replace(setup.keys, master=agreed.master))
-            if setup.path.digest != agreed.path:
+            if digest_of(setup) != agreed.digest:
                 raise ConfigError(
-                    "this process computes gradients in another way than the first one, so that a record's gradient "
-                    "would depend on where it is computed: take machines, versions and environment variables alike"
+                    "this process computes gradients in another way than the first one, or of another config or other "
+                    "data, so that a record's gradient would depend on where it is computed: take machines, versions, "
+                    "environment variables, files and settings alike"
                 )
             start = load_checkpoint(setup, folder) if agreed.step else None
             if setup.plan.steps:
                 AdapterTraining(config, setup, ranks, start).run()
             ranks.barrier()
     except Exception:
-        log_traceback(folder)
+        if folder.is_dir():  # It is not this run's where the config is another one.
+            log_traceback(folder)
         raise
     record = read(folder)
     assert record is not None
@@ -197,19 +202,24 @@ class Agreement:
     go: bool
     step: int = 0
     """Number of steps that are in the checkpoint; 0 without one."""
-    path: bytes = bytes(16)
-    """How gradients are computed: the ranks share out the same physical batches, and round alike."""
+    digest: bytes = bytes(16)
+    """What is computed and how: the ranks share out the same physical batches, clip alike and round alike."""
     master: bytes = field(default=bytes(32), repr=False)
     """Keys of the run."""
 
     def to_bytes(self) -> bytes:
         """53 bytes."""
-        return bytes([self.go]) + self.step.to_bytes(4, "little") + self.path + self.master
+        return bytes([self.go]) + self.step.to_bytes(4, "little") + self.digest + self.master
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Agreement:
         """Inverse of `to_bytes`."""
         return cls(bool(message[0]), int.from_bytes(message[1:5], "little"), message[5:21], message[21:])
+
+
+def digest_of(setup: Setup) -> bytes:
+    """Equal for processes that make the same gradients and releases of the same data; 16 bytes."""
+    return hashlib.sha256(setup.path.digest + json.dumps(setup.stamp, sort_keys=True).encode()).digest()[:16]
 
 
 def finished_record(folder: Path, config: Config) -> RunRecord | None:
@@ -302,6 +312,8 @@ def measure_and_train(
 
     earlier = start.seconds if start else 0.0
     training_begin = time.perf_counter() - earlier
+    if plan.private and start is None:
+        mark_begun(config, folder.path)
     if plan.steps:
         record.privacy = AdapterTraining(config, setup, ranks, start, folder, tracker).run()
     training_seconds = time.perf_counter() - training_begin
@@ -319,7 +331,7 @@ def measure_and_train(
     if config.privacy.score_noise_multiplier is not None:
         assert record.privacy is not None
         right = sum(answer.correct for answer in judge(model.eval(), data.validation, None)[0])
-        record.privacy = scored(record.privacy, right, len(data.validation), config, setup)
+        record.privacy = scored(record.privacy, right, config, setup)
     cost = Cost(
         seconds=time.perf_counter() - begin + earlier,
         training_seconds=training_seconds,
@@ -346,7 +358,7 @@ def in_one_line(record: RunRecord) -> str:
     )
 
 
-def scored(guarantee: Privacy, right: int, records: int, config: Config, setup: Setup) -> Privacy:
+def scored(guarantee: Privacy, right: int, config: Config, setup: Setup) -> Privacy:
     """How a run was trained that also releases its score."""
     sigma = config.privacy.score_noise_multiplier
     assert sigma is not None
@@ -354,7 +366,8 @@ def scored(guarantee: Privacy, right: int, records: int, config: Config, setup: 
         guarantee,
         score=noisy_score(right, sigma, setup.keys),
         score_noise_multiplier=sigma,
-        score_of=records,
+        # Of private data the exact number is nobody's business: nothing was paid for it.
+        score_of=len(setup.data.validation) if setup.data.public else None,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dptune.config.checks import strict
 from dptune.config.extras import check_extras
-from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, noise_mode
+from dptune.config.schema import Config, ConfigError, has_plain_hashes, is_open, is_public, noise_mode
 from dptune.identity import KEY_FILE, keep_local_key, local_key, run_id
 from dptune.privacy.budget import Spending
 from dptune.privacy.events import Event
@@ -43,8 +44,9 @@ from dptune.records.record import (
     is_done,
     read,
 )
+from dptune.runs.budget import DRAW_FILE as DRAW_FILE
 from dptune.runs.budget import SECRET_FOLDER as SECRET_FOLDER
-from dptune.runs.budget import book
+from dptune.runs.budget import TOKEN_FILE, book, drawn_once
 from dptune.runs.folder import LOG_FILE
 from dptune.runs.privacy import make_plan
 from dptune.runs.run import in_one_line as in_one_line
@@ -54,8 +56,6 @@ from dptune.sweeps.expand import released_by
 from dptune.sweeps.jobs import Job
 from dptune.sweeps.progress import NotDone, tried
 
-DRAW_FILE = "search.json"
-"""How many trials there are, and which: the secret of a search."""
 WARNING = (
     "NON-PRIVATE. How many trials a search had, which, how they did and how long they took must not be told:\n"
     "the epsilon of the released run rests on it. Keep this folder secret; when the search is finished, delete it.\n"
@@ -82,6 +82,10 @@ class Draw:
     """Candidate of each trial."""
     seeds: tuple[int, ...]
     """Seed of each trial."""
+    runs: tuple[str, ...] = ()
+    """Run id of each trial: nothing else is done in the folder of the search."""
+    nonce: str = ""
+    """Random: a hash of the rest would tell how many there are to whoever tries all numbers."""
 
 
 @dataclass(frozen=True)
@@ -203,13 +207,30 @@ class Search:
     def _draw(self) -> Draw:
         path = self.secret / DRAW_FILE
         if not path.exists():
+            self._check_left()
             self._book()
             secret = self.secret.parent
             secret.mkdir(mode=0o700, parents=True, exist_ok=True)
             secret.chmod(0o700)
             write_atomically(secret / "README", WARNING)
-            write_once(path, f"{json.dumps(dataclasses.asdict(self._drawn()))}\n".encode())
+        if not is_public(self.candidates[0].config.data):
+            return Draw(**json.loads(drawn_once(self.secret, self._text)))
+        if not path.exists():
+            write_once(path, self._text().encode())
         return Draw(**json.loads(path.read_text(encoding="utf-8")))
+
+    def _text(self) -> str:
+        return f"{json.dumps(dataclasses.asdict(self._drawn()))}\n"
+
+    def _check_left(self) -> None:
+        """Raises ConfigError for trials of a draw that is gone: another number of them would be another search."""
+        names = [path.name for path in self.secret.iterdir()] if self.secret.is_dir() else []
+        left = any(name != TOKEN_FILE and not name.startswith((DRAW_FILE, ".")) for name in names)
+        if left and not (self.secret / DRAW_FILE).exists():  # Another process may have begun in between.
+            raise ConfigError(
+                f"{self.secret / DRAW_FILE} is gone, although its trials are there: how many there are is drawn once; "
+                f"put it back, or remove {self.secret} and start another search, which costs as much again"
+            )
 
     def _book(self) -> None:
         """Book the whole search, before how many trials it has is drawn."""
@@ -234,19 +255,20 @@ class Search:
         shares = keys.stream(Purpose.SWEEP_K, group="candidates").uniform(len(trials))
         # Trials with the same keys would be one trial. In secure mode each run has fresh ones anyway.
         seeds = [keys.stream(Purpose.SWEEP_K, step=trial, group="seeds").seed() >> 32 for trial in trials]
+        chosen = [int(share * len(self.candidates)) for share in shares]
+        seeds = [config.environment.seed] * len(trials) if secure else seeds
         return Draw(
             datetime.now(UTC).isoformat(timespec="seconds"),
-            tuple(int(share * len(self.candidates)) for share in shares),
-            tuple([config.environment.seed] * len(trials) if secure else seeds),
+            tuple(chosen),
+            tuple(seeds),
+            tuple(run_id(_seeded(self.candidates[at], seed)) for at, seed in zip(chosen, seeds, strict=True)),
+            secrets.token_hex(16),
         )
 
     def _trial(self, number: int, job: Job, seed: int) -> Job:
         root = self.secret / str(number)
-        config = dataclasses.replace(
-            job.config,
-            environment=dataclasses.replace(job.config.environment, seed=seed),
-            compute=dataclasses.replace(job.config.compute, output_root=str(root)),
-        )
+        config = _seeded(job, seed)
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, output_root=str(root)))
         if not has_plain_hashes(config.data):
             # Private data must have the same fingerprint in a trial as anywhere else.
             key = local_key(self.root)
@@ -331,6 +353,11 @@ def score_of(record: RunRecord | None) -> float:
 def quoted(path: Path) -> str:
     """A path as a value in Hydra's grammar."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _seeded(job: Job, seed: int) -> Config:
+    """The config of a candidate with the seed of a trial."""
+    return dataclasses.replace(job.config, environment=dataclasses.replace(job.config.environment, seed=seed))
 
 
 def _common(config: Config) -> Mapping[str, Any]:
