@@ -30,7 +30,7 @@ def text(kind: str, rows: list[dict[str, Any]]) -> bytes:
         return sink.getvalue()
     if kind == ".json":
         return json.dumps(rows, indent=1).encode()
-    if kind == ".jsonl":
+    if kind in (".jsonl", ".ndjson"):
         return b"\n".join(json.dumps(row).encode() for row in rows)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, rows[0], delimiter="\t" if kind == ".tsv" else ",")
@@ -82,7 +82,11 @@ def test_any_rows_survive_a_json_array(tmp_path_factory: pytest.TempPathFactory,
 @pytest.mark.parametrize(
     ("name", "content", "last"),
     [
-        ("a.json", b'{"output": "yes"}', "not an array of JSON objects; give one object a line the ending .jsonl"),
+        (
+            "a.json",
+            b'{"output": "yes"}',
+            "one JSON object, in which no list of records was found; give",
+        ),
         ("a.json", b'[{"output": "yes"}, 5]', "record 2 is not a JSON object"),
         ("a.json", b'[{"output": "yes"}, {broken}]', "record 2 is not JSON (Expecting property name"),
         ("a.json", b'[{"output": "yes"}', "record 2 is not JSON (Expecting value); not readable after it"),
@@ -91,7 +95,7 @@ def test_any_rows_survive_a_json_array(tmp_path_factory: pytest.TempPathFactory,
         ("a.jsonl.gz", b"no gzip", "not readable after line 0 (Not a gzipped file"),
         ("a.csv", b"a,b\n1,2\n3\n", "line 3 has 1 fields but the header has 2"),
         ("a.csv", b'a,b\n1,2\n3,"4\n', "line 3 is not CSV (unexpected end of data); not readable after it"),
-        ("a.csv", b"a,a\n1,2\n", "line 1 names a field twice; no row can be read after it"),
+        ("a.csv", b"a,a\n1,2\n", "line 1 names a field twice, no row can be read after it; if line 1 is a record"),
         ("a.csv", b"a,b\n1,2\n\xe9,4\n5,6\n", "line 3 is not UTF-8 (byte 1 of it); convert the file"),
     ],
 )

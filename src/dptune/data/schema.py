@@ -27,3 +27,6 @@ class Example:
 
     split: str
     """Split that the record belongs to: `public`, `train`, `validation` or `test`."""
+
+    turns: tuple[tuple[str, str], ...] = ()
+    """The instruction as turns of a conversation, each a role and a text, where it is one: for chat templates."""

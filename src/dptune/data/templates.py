@@ -28,7 +28,7 @@ def prompt_of(example: Example, tokenizer: PreTrainedTokenizerBase, template: st
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("data.template=chat: the backbone's tokenizer has no chat template; use data.template=plain")
     said = "\n".join(part for part in (example.instruction, example.input) if part)
-    turns = [{"role": "user", "content": said}]
+    turns = [{"role": role, "content": text} for role, text in example.turns] or [{"role": "user", "content": said}]
     made = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert isinstance(made, str)
     return made
