@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from test_search import search_of
 
 from dptune.config.schema import Config, ConfigError
 from dptune.privacy.budget import Account
+from dptune.records.record import CHECKPOINT_FOLDER
 from dptune.runs.booking import transcript
 from dptune.runs.budget import TOKEN_FILE, accounts_of, describe
-from dptune.runs.run import CHECKPOINT_FOLDER, run
+from dptune.runs.run import run
 from dptune.runs.setup import set_up
 
 pytestmark = pytest.mark.numerical
@@ -38,7 +40,7 @@ def test_a_run_is_booked_once_and_every_new_transcript_of_it_again(private: Conf
     record = run(private)
     (booking,) = the_account().bookings
     assert record.privacy is not None
-    assert (booking.run, booking.epsilon, booking.delta) == (record.run_id, record.privacy.epsilon, 1e-4)
+    assert (booking.run, booking.epsilon, booking.delta) == (record.run_id, record.guarantee.epsilon, 1e-4)
     run(private)  # It is finished.
     assert len(the_account().bookings) == 1
     forced = dataclasses.replace(private, compute=dataclasses.replace(private.compute, force=True))
@@ -67,6 +69,33 @@ def test_going_on_from_a_checkpoint_is_the_same_transcript(private: Config, monk
     (folder / "elsewhere").rename(folder / CHECKPOINT_FOLDER)
     assert run(private).status == "done"
     assert len(the_account().bookings) == 1
+
+
+def test_a_copy_of_a_run_and_a_run_without_its_ledger_are_booked_again(
+    private: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dptune.runs import run as runs
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    compute = dataclasses.replace(private.compute, checkpoint_every=1)
+    private = dataclasses.replace(private, compute=compute)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_adapter", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(private)
+    root = Path(private.compute.output_root)
+    copy = dataclasses.replace(private, compute=dataclasses.replace(compute, output_root=str(root.parent / "copy")))
+    shutil.copytree(root, root.parent / "copy")
+    assert run(copy).status == "done"
+    assert len(the_account().bookings) == 2
+    (folder,) = (path.parent for path in root.glob("*/record.json"))
+    for path in folder.iterdir():
+        if path.name != TOKEN_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run(private).status == "done"
+    assert sorted(item.attempt for item in the_account().bookings) == [1, 1, 2]
 
 
 def test_a_run_that_does_not_fit_writes_nothing(private: Config) -> None:

@@ -93,7 +93,7 @@ def test_one_run_then_again(model_folder: Path, tmp_path: Path) -> None:
     first = dptune(*arguments, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "epsilon" in first.stdout and "of 8" in first.stderr and "zero-shot" in first.stdout
-    (folder,) = (tmp_path / "outputs").iterdir()
+    (folder,) = (path.parent for path in (tmp_path / "outputs").glob("*/record.json"))
     assert json.loads((folder / "record.json").read_text())["status"] == "done"
     assert (folder / ".hydra" / "config.yaml").is_file() and (folder / ".hydra" / "overrides.yaml").is_file()
     again = dptune(*arguments, cwd=tmp_path)
@@ -102,8 +102,10 @@ def test_one_run_then_again(model_folder: Path, tmp_path: Path) -> None:
 
 def test_a_sweep_goes_on_past_a_failing_run_and_does_only_what_is_missing(model_folder: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={model_folder}", "model.name=local", *SMALL]
-    sweep = ["-m", "sweeps=smoke", *arguments, "environment.optimizer=sgd", "environment.seed=0"]
-    rates = "hyperparameter.learning_rate=1e30,0.1"
+    # Weights that change their sign and grow a millionfold at each step.
+    decay = ["environment.optimizer=sgd", "hyperparameter.weight_decay=1000"]
+    sweep = ["-m", "sweeps=smoke", *arguments, *decay, "environment.seed=0"]
+    rates = "hyperparameter.learning_rate=1e4,0.1"
     broken = dptune(*sweep, rates, "privacy=none", cwd=tmp_path)
     assert broken.returncode == 1 and "1 of 2 runs failed" in broken.stderr and "its log is outputs/" in broken.stderr
     assert "Traceback" not in broken.stderr
@@ -115,7 +117,7 @@ def test_a_sweep_goes_on_past_a_failing_run_and_does_only_what_is_missing(model_
         "table",
         "smoke",
         *arguments,
-        "environment.optimizer=sgd",
+        *decay,
         "environment.seed=0",
         rates,
         "privacy=none",

@@ -311,6 +311,17 @@ def test_rows_of_a_user_must_all_be_there_and_those_that_are_not_finite_count_as
         assert torch.equal(value[0], bad[key][2].double() / 2) and not value[1].any()
 
 
+def test_a_user_whose_gradients_are_no_numbers_counts_as_zero_like_any_row():
+    """Whether a step succeeds must not tell that somebody is there."""
+    plan = plan_of("group", unit="user_uls", examples_per_user=3)
+    mechanism, batch = Mechanism(plan, GROUPS, KEYS), batch_of(2)
+    nothing = {name: torch.full_like(value, math.nan) for name, value in batch.items()}
+    mechanism.accumulate(*means_of(nothing, torch.tensor([0, 0])))
+    found = mechanism.release(0, num_units=1)
+    empty = Mechanism(plan, GROUPS, KEYS).release(0, num_units=0)
+    assert all(torch.equal(found.gradients[name], value) for name, value in empty.gradients.items())
+
+
 def test_users_are_averaged_and_kept_together():
     plan = plan_of("group", unit="user_uls", examples_per_user=3)
     batch, users = batch_of(5), torch.tensor([0, 1, 0, 1, 1])

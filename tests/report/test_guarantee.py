@@ -116,7 +116,7 @@ def forced(root: Path) -> Kind:
     record = planted(root, rows(0, 1, 2, 3))
     path = root / record.run_id / "ledger.jsonl"
     path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows(0, 1, keys="b")))
-    os.utime(path, (2**33, 2**33))
+    os.utime(path, (1, 1))  # As in a copy: times tell nothing.
     return Kind(record, steps(6), (ONE,), ("begun more than once",))
 
 
@@ -362,3 +362,13 @@ def test_no_view_reads_an_epsilon_from_anywhere_but_the_guarantee() -> None:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"privacy\.(epsilon|accountants)\b|repetitions\.epsilon|\.epsilon\(", text), path.name
     assert not {"epsilon", "accountants"} & {item.name for item in dataclasses.fields(Privacy)}
+
+
+def test_a_checkpoint_beside_a_finished_record_without_its_ledger_leaves_no_epsilon_to_state(tmp_path: Path) -> None:
+    record = planted(tmp_path, rows(0, 1, 2, 3))
+    folder = tmp_path / record.run_id
+    (folder / "checkpoint").mkdir()
+    (folder / "ledger.jsonl").unlink()
+    found = read(folder)
+    assert found is not None and found.guarantee is not None and found.guarantee.epsilon is None
+    assert "is gone" in found.guarantee.not_covered[0]

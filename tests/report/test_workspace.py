@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dptune.config.schema import TrackingConfig
 from dptune.records.frame import collect
 from dptune.records.mirror import TASK_TABLE, mirrored_summary
 from dptune.report.results import history
@@ -50,7 +51,12 @@ def strings(value: object) -> Iterator[str]:
 
 def test_no_panel_stays_empty(panels: list[dict[str, Any]]) -> None:
     records = collect(SAMPLE).records
-    results = {key for record in records for key, value in mirrored_summary(record).items() if value is not None}
+    results = {
+        key
+        for record in records
+        for key, value in mirrored_summary(record, TrackingConfig(), SAMPLE / record.run_id).items()
+        if value is not None
+    }
     steps = {key for row in history(SAMPLE / records[0].run_id) for key in row if not key.startswith("NON_PRIVATE/")}
     settings = {
         f"{group}.value.{key}" for group, part in records[0].config.items() if isinstance(part, dict) for key in part

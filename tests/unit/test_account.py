@@ -35,6 +35,7 @@ def records(folder: Path, name: str = "people.jsonl", first: int = 0) -> Path:
 def config_of(path: Path, root: Path, limit: float | None = None, **values: object) -> Config:
     given = {
         "data.name": "files",
+        "data.train_size": None,
         "data.path": str(path),
         "compute.output_root": str(root),
         "privacy.delta": DELTA,
@@ -90,7 +91,7 @@ def test_a_run_that_would_exceed_the_budget_is_refused_in_one_line_before_anythi
 def test_subsets_conditions_and_altered_files_are_the_same_data(tmp_path: Path) -> None:
     path = records(tmp_path)
     spend(config_of(path, tmp_path), "all")
-    spend(config_of(path, tmp_path, data__train_size=50), "subset")
+    spend(config_of(path, tmp_path, data__train_size=50, data__declared_size=300), "subset")
     spend(config_of(path, tmp_path, data_sensitivity__label_noise=1.0), "noisy")
     spend(config_of(records(tmp_path, "more.jsonl", first=20), tmp_path), "altered")
     (account,) = accounts_of()

@@ -98,7 +98,7 @@ def test_physical_batches_cover_the_batch_once_short_rows_first() -> None:
     rows = [Encoded(tuple(range(length)), 1) for length in (39, 2, 17, 16, 5)]
     pieces = list(physical_batches(rows, ladder))
     assert [piece.positions.tolist() for piece in pieces] == [[1, 3], [4], [2], [0]]
-    assert [piece.shape for piece in pieces] == [Shape(16, 8, 2), Shape(16, 8, 2), Shape(24, 8, 2), Shape(40, 8, 1)]
+    assert [piece.shape for piece in pieces] == [Shape(16, 8, 2), Shape(16, 8, 2), Shape(24, 8, 2), Shape(40, 8, 2)]
     assert list(physical_batches([], ladder)) == []
 
 

@@ -1,16 +1,19 @@
 """Batches of public shapes, and the check that a row's gradient is its own to the last bit."""
 
 import dataclasses
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
 from backbones_for_tests import BACKBONES, layout_of
 from numerics import assert_close_to_largest
 
-from dptune.config.schema import AdapterConfig
+from dptune.config.schema import SHIPPED, AdapterConfig, ConfigError
 from dptune.data.batches import FILLER, Ladder, Shape, collate, example_losses, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
@@ -99,7 +102,7 @@ def test_the_probes_have_every_shape_and_rows_of_the_lengths_that_it_takes(backb
         for response in {1, 2, length // 2 or 1, length - 1}:
             shape = ladder.shape_of(Encoded((1,) * length, response))
             assert (shape.rows, shape.labels, shape.width) in found
-    assert all(probe.rows["labels"].shape == probe.others["labels"].shape for probe in found.values())
+    assert all(probe.rows["labels"].shape == probe.other["labels"].shape for probe in found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -260,3 +263,31 @@ def test_an_engine_that_is_paused_sees_nothing() -> None:
             found = engine(batch)[1]
         assert all(torch.equal(found[key], value) for key, value in expected.items())
         engine.close()
+
+
+def test_a_verdict_is_kept_for_the_same_weights_in_the_same_model_only(tmp_path: Path) -> None:
+    """What positions stretch with is in the config, not in the weights."""
+    from dptune.config.schema import Config
+    from dptune.models import backbones
+    from dptune.runs.engine import checked_path
+
+    found = []
+    for kind in ("default", "linear", "dynamic"):
+        config = Config()
+        config.model.name, config.model.path = "local", str(tmp_path / kind)
+        config.compute.cache_dir = str(tmp_path / "cache")
+        config.environment.sequence_length = 24
+        shutil.copytree(SHIPPED / "nano", tmp_path / kind)
+        settings = json.loads((tmp_path / kind / "config.json").read_text())
+        settings["max_position_embeddings"] = 12
+        settings["rope_parameters"] |= {"rope_type": kind, "factor": 4.0}
+        (tmp_path / kind / "config.json").write_text(json.dumps(settings))
+        backbone = backbones.load_backbone(config.model, precision="float32", device="cpu", cache_dir=tmp_path)
+        model = adapters.attach(backbone.model, config.adapter, rank=2, steps=10, seed=0)
+        if kind != "dynamic":
+            found.append(checked_path(config, backbone, model, private=True).digest)
+            assert found[-1] == checked_path(config, backbone, model, private=True).digest
+        else:
+            with pytest.raises(ConfigError, match="its positions stretch with the longest text"):
+                checked_path(config, backbone, model, private=True)
+    assert found[0] != found[1]

@@ -394,7 +394,7 @@ class ComputeConfig:
     threads: int = _number(1, least=1)
     """Threads of one run; one is best when several runs share the machine."""
     physical_batch_size: int = _number(24, least=1)
-    """Examples of up to 32 tokens in one forward pass; longer ones come in fewer, so that the tokens stay about the
+    """Examples of up to 64 tokens in one forward pass; longer ones come in fewer, so that the tokens stay about the
     same. The logical batch is cut into such pieces, of public shapes (SPECIFICATION.md 10.3)."""
     evaluation_batch_size: int = _number(64, least=1)
     """The same for the forward passes of the evaluation."""

@@ -81,8 +81,12 @@ class Shape:
     rows: int
 
 
-SHORTEST_WIDTH, GROWTH, FEWEST_LABELS = 16, 1.4, 8
-TOKENS_A_ROW = 32
+SHORTEST_WIDTH, GROWTH = 16, 1.3
+
+FEWEST_LABELS = 8
+"""Responses up to this length have shapes of their own: an option is short, and logits are large."""
+
+TOKENS_A_ROW = 64
 """Tokens of a row for which `Ladder.rows` is meant."""
 
 
@@ -90,7 +94,7 @@ TOKENS_A_ROW = 32
 class Ladder:
     """The shapes that rows of up to `longest` tokens come in: a public choice.
 
-    Widths are multiples of 8 that grow by two fifths or so: a row is padded by about a sixth of its length. They are
+    Widths are multiples of 8 that grow by less than a third: a row is padded by about a tenth of its length. They are
     few, because the last batch of each is filled up, and because each is checked.
     """
 
@@ -104,7 +108,7 @@ class Ladder:
     def widths(self) -> tuple[int, ...]:
         """All widths, in ascending order; the last is the least that takes every row."""
         most, width, widths = self.longest + self.layout.extra, SHORTEST_WIDTH, []
-        while width * 1.2 < most:
+        while width * 1.08 < most:
             widths.append(width)
             width = max(width + 8, int(width * GROWTH) // 8 * 8)
         return (*widths, most)
@@ -121,11 +125,7 @@ class Ladder:
         return self._shape(width, next(labels for labels in self._labels() if labels >= row.response))
 
     def _labels(self) -> tuple[int, ...]:
-        labels, found = FEWEST_LABELS, []
-        while labels < self.longest:
-            found.append(labels)
-            labels *= 4
-        return (*found, self.longest)
+        return (FEWEST_LABELS, self.longest) if self.longest > FEWEST_LABELS else (self.longest,)
 
     def _shape(self, width: int, labels: int) -> Shape:
         if self.layout.architecture != "encoder_decoder":

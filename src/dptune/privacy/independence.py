@@ -35,10 +35,10 @@ class Probe:
     """The shape, for a person."""
     rows: Batch
     """A whole batch, of the lengths that this shape takes."""
-    others: Batch
-    """As many others, of other lengths; some of them fillers."""
-    alone: Sequence[tuple[int, Batch]]
-    """Some of its rows by their places, each by itself and without padding."""
+    other: Batch
+    """One more row of this shape."""
+    alone: Batch
+    """Its first row by itself, without padding."""
 
 
 PADDING_TOLERANCE = 1e-3
@@ -68,7 +68,7 @@ def check_independence(engine: Engine, model: torch.nn.Module, loss: LossFunctio
         oracle = LoopEngine(model, loss)
         for probe in probes:
             with engine.paused():
-                alone = [(at, _thinned(oracle(row)[1])) for at, row in probe.alone]
+                alone = _thinned(oracle(probe.alone)[1])
             found = _thinned(engine(probe.rows)[1])
             _compare(probe.name, found, alone, LOW_PRECISION_TOLERANCE if low else PADDING_TOLERANCE)
 
@@ -76,9 +76,9 @@ def check_independence(engine: Engine, model: torch.nn.Module, loss: LossFunctio
 def check_bits(vectors_of: Callable[[Batch], Gradients], probes: Sequence[Probe]) -> None:
     """Raise unless what is computed of each row has the same bits wherever it stands, beside and after whatever.
 
-    All shapes are computed three times: upwards; downwards, with the rows at odd places one place further and others at
-    the rest; upwards again, with the rows at even places one place further. Each row is met in two places, each place
-    is compared with the next one, and each shape comes after smaller and after larger ones.
+    All shapes are computed twice: upwards; and downwards, with all rows one place further and one of them exchanged.
+    So each place is compared with the next one, each row meets other mates, and each shape comes after smaller and
+    after larger ones.
 
     Args:
         vectors_of: gives named vectors [b, ...] for the rows of a batch.
@@ -88,27 +88,28 @@ def check_bits(vectors_of: Callable[[Batch], Gradients], probes: Sequence[Probe]
         EngineError: naming the shape and the parameter.
     """
     seen = [_bits(vectors_of(probe.rows)) for probe in probes]
-    for parity, order in ((1, range(len(probes) - 1, -1, -1)), (0, range(len(probes)))):
-        for at in order:
-            found = _bits(vectors_of(_moved_on(probes[at], parity)))
-            count = rows_of(probes[at].rows)
-            for row in range(parity, count, 2):
-                if wrong := [key for key in found if found[key][(row + 1) % count] != seen[at][key][row]]:
-                    raise EngineError(
-                        f"the last bits of the gradient of {wrong[0]} in batches of {probes[at].name} depend on "
-                        "their place, on the other rows or on earlier batches"
-                    )
+    for probe, before in zip(reversed(probes), reversed(seen), strict=True):
+        count = rows_of(probe.rows)
+        batch, exchanged = _moved_on(probe)
+        found = _bits(vectors_of(batch))
+        for row in range(count):
+            place = (row + 1) % count
+            if place != exchanged and (wrong := [key for key in found if found[key][place] != before[key][row]]):
+                raise EngineError(
+                    f"the last bits of the gradient of {wrong[0]} in batches of {probe.name} depend on their place, on "
+                    "the other rows or on earlier batches"
+                )
 
 
-def _moved_on(probe: Probe, parity: int) -> Batch:
-    """The rows at places of one parity one place further, others at the rest."""
+def _moved_on(probe: Probe) -> tuple[Batch, int | None]:
+    """All rows one place further, and the place where another one stands; None where there is one row only."""
     count = rows_of(probe.rows)
-    kept = (torch.arange(count) - 1) % count % 2 == parity
-    batch = {}
-    for name, value in probe.rows.items():
-        mask = kept.to(value.device).reshape(-1, *[1] * (value.dim() - 1))
-        batch[name] = value.roll(1, 0).where(mask, probe.others[name])
-    return batch
+    exchanged = count // 2 if count > 1 else None
+    batch = {name: value.roll(1, 0) for name, value in probe.rows.items()}
+    if exchanged is not None:
+        for name, value in batch.items():
+            value[exchanged] = probe.other[name][0]
+    return batch, exchanged
 
 
 def _bits(gradients: Gradients) -> dict[str, list[bytes]]:
@@ -125,10 +126,9 @@ def _thinned(gradients: Gradients) -> Gradients:
     return {name: value[:, :: -(-value.shape[1] // _MOST)].float() for name, value in flat.items()}
 
 
-def _compare(shape: str, found: Gradients, alone: Sequence[tuple[int, Gradients]], tolerance: float) -> None:
-    for at, row in alone:
-        least = 0.1 * max(float(value.abs().max()) for value in row.values())
-        for name, value in row.items():
-            size = max(float(value.abs().max()), least)
-            if not float((found[name][at : at + 1] - value).abs().max()) <= tolerance * size:
-                raise EngineError(f"the gradient of {name} in batches of {shape} depends on padding")
+def _compare(shape: str, found: Gradients, alone: Gradients, tolerance: float) -> None:
+    least = 0.1 * max(float(value.abs().max()) for value in alone.values())
+    for name, value in alone.items():
+        size = max(float(value.abs().max()), least)
+        if not float((found[name][:1] - value).abs().max()) <= tolerance * size:
+            raise EngineError(f"the gradient of {name} in batches of {shape} depends on padding")

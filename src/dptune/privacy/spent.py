@@ -109,6 +109,11 @@ def events_before(plan: PrivacyPlan, rows: Sequence[Mapping[str, Any]]) -> tuple
     return tuple(_events(plan, _by_attempt(rows)[:-1]))
 
 
+def steps_begun(ledger: Path) -> int:
+    """Number of steps of all attempts in a ledger. Raises LedgerError when it cannot be read."""
+    return sum(len(attempt.steps) for attempt in _by_attempt(begun_steps(ledger)))
+
+
 def _by_attempt(rows: Iterable[Mapping[str, Any]]) -> list[Transcript]:
     found: list[dict[int, tuple[float, float]]] = []
     for row in rows:

@@ -34,6 +34,8 @@ class UnitMeans:
         """
         norms = [value.flatten(1).double().norm(dim=1) for value in per_example.values()]
         finite = torch.stack(norms).isfinite().all(dim=0).tolist()
+        for name, value in per_example.items():
+            self._sums.setdefault(name, value.new_zeros((self._size, *value.shape[1:]), dtype=torch.float64))
         for row, unit in enumerate(units.tolist()):
             if unit == UNCOUNTED:
                 continue
@@ -42,7 +44,7 @@ class UnitMeans:
             self._missing[unit] -= 1
             if finite[row]:
                 for name, value in per_example.items():
-                    self._sum_of(name, value)[self._slots[unit]] += value[row]
+                    self._sums[name][self._slots[unit]] += value[row]
 
     def take(self) -> tuple[dict[str, Tensor], Tensor]:
         """One row a unit, float64, and the units; the rows that fill the block up are `UNCOUNTED`.
@@ -61,8 +63,3 @@ class UnitMeans:
             for name, value in self._sums.items()
         }
         return means, units
-
-    def _sum_of(self, name: str, like: Tensor) -> Tensor:
-        if name not in self._sums:
-            self._sums[name] = like.new_zeros((self._size, *like.shape[1:]), dtype=torch.float64)
-        return self._sums[name]

@@ -27,7 +27,7 @@ SCHEMA_VERSION = 2
 
 
 RECORD_FILE, HISTORY_FILE, EVALUATION_FILE = "record.json", "history.jsonl", "evaluation.jsonl"
-LEDGER_FILE = "ledger.jsonl"
+LEDGER_FILE, CHECKPOINT_FOLDER = "ledger.jsonl", "checkpoint"
 
 
 ADAPTER_FOLDER = "adapter"
@@ -229,6 +229,10 @@ def guarantee_of(record: RunRecord, folder: Path, first_version: bool = False, *
     if not record.privacy.private:
         return Guarantee("adapter", private=False, stand_in=record.privacy.stand_in)
 
+    if record.is_done and (folder / CHECKPOINT_FOLDER).exists() and not (folder / LEDGER_FILE).exists():
+        gone = f"{CHECKPOINT_FOLDER} is of a run that was begun again, and {LEDGER_FILE}, which would tell, is gone"
+        return Guarantee("unknown", private=True, stand_in=record.privacy.stand_in, not_covered=(gone,))
+
     def of_config(group: str) -> Mapping[str, Any]:
         return record.config.get(group) or {}
 
@@ -286,7 +290,7 @@ def read(folder: Path) -> RunRecord | None:
                 "the version that wrote it, or remove the folder to run it again",
             )
         record = _parse_first(content, folder) if version == 1 else _parse(content)
-        if version > 1 and (record.guarantee is None or record.status != "done" or _begun_since(folder)):
+        if version > 1 and (record.guarantee is None or record.status != "done" or _has_more(record, folder)):
             record.guarantee = guarantee_of(record, folder)
         _check(record)
         return record
@@ -371,12 +375,17 @@ def run_states(root: Path) -> Iterator[RunState | RecordError]:
             yield seen
 
 
-def _begun_since(folder: Path) -> bool:
-    """Whether steps were begun after the record was written, as by a forced run that did not end."""
+def _has_more(record: RunRecord, folder: Path) -> bool:
+    """Whether other steps were begun than the record knows of, as by a forced run that did not end."""
+    from dptune.privacy.ledger import LedgerError
+    from dptune.privacy.spent import steps_begun
+
+    if not (folder / LEDGER_FILE).exists():
+        return (folder / CHECKPOINT_FOLDER).exists()
     try:
-        return (folder / LEDGER_FILE).stat().st_mtime_ns > (folder / RECORD_FILE).stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
+        return record.guarantee is None or steps_begun(folder / LEDGER_FILE) != record.guarantee.steps
+    except LedgerError:
+        return True
 
 
 def _parse_first(content: dict[str, Any], folder: Path) -> RunRecord:

@@ -26,19 +26,25 @@ def book_run(config: Config, setup: Setup, folder: Path) -> None:
         ConfigError: when the budget does not allow it; nothing is written then.
     """
     plan, score = setup.plan, config.privacy.score_noise_multiplier
-    if is_public(config.data) or is_trial(folder):
+    if is_trial(folder) or is_public(config.data):
         return
     events, scores = plan.events(), [] if score is None else [score_event(score)]
     if plan.private and not events and not scores:
         return  # Nothing of the data is released.
     spending = Spending.of_run(events, scores, plan.delta) if plan.private else None
-    book(config, setup.data, folder.name, folder, spending, transcript(setup, folder))
+    book(config, setup.data, folder.name, folder, spending, transcript(setup, folder) if plan.private else 1)
+    if plan.private:
+        # From now on there is a ledger: where a booked run has none, somebody has removed it, and what it knew.
+        (folder / LEDGER_FILE).touch()
 
 
-def transcript(setup: Setup, folder: Path) -> int:
-    """Number of the transcript that the next attempt makes: the last one begun if it can go on, else another one."""
+def transcript(setup: Setup, folder: Path) -> int | None:
+    """Number of the transcript that the next attempt makes: the last one begun if it can go on, else another one.
+
+    None for one more than are booked, where no ledger tells.
+    """
     if not (folder / LEDGER_FILE).exists():
-        return 1
+        return None
     begun = ledger_of(setup, folder).attempts
     try:
         goes_on = load_checkpoint(setup, folder) is not None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dptune.config.files import data_files
-from dptune.config.schema import Config, ConfigError
+from dptune.config.schema import Config, ConfigError, is_public
 from dptune.data.sources import Dataset
 from dptune.identity import content_hash, kept_key, keyed_hash, local_key
 from dptune.privacy.accounting import epsilon_text
@@ -27,7 +27,7 @@ from dptune.privacy.budget import Account, Booking, BudgetError, Spending, order
 from dptune.records.files import sync
 from dptune.records.lock import locked
 
-ACCOUNT_FILE, TOKEN_FILE = "budget.jsonl", ".booking"
+ACCOUNT_FILE, TOKEN_FILE = "budget.jsonl", "booking"
 SECRET_FOLDER = "NON_PRIVATE_trials"
 """Folder, inside the output folder, of all trials of all searches."""
 SKETCH = 256
@@ -45,7 +45,9 @@ def home() -> Path:
     return (Path(state) if state else Path.home() / ".local" / "state") / "dptune"
 
 
-def book(config: Config, data: Dataset, run: str, folder: Path, spending: Spending | None, attempt: int = 1) -> None:
+def book(
+    config: Config, data: Dataset, run: str, folder: Path, spending: Spending | None, attempt: int | None = 1
+) -> None:
     """Book a run before anything of it is written; a transcript that is booked already costs nothing.
 
     Args:
@@ -54,12 +56,12 @@ def book(config: Config, data: Dataset, run: str, folder: Path, spending: Spendi
         run: run id.
         folder: its folder, where the name of the booking is kept.
         spending: what it costs; None for a run without a guarantee.
-        attempt: number of the transcript in this folder, from 1.
+        attempt: number of the transcript in this folder, from 1; None for one more than are booked.
 
     Raises:
         ConfigError: when the run would exceed the budget, or the account cannot be read or written.
     """
-    if data.public:
+    if is_public(config.data):
         return
     token = _token(folder)
     try:
@@ -69,6 +71,9 @@ def book(config: Config, data: Dataset, run: str, folder: Path, spending: Spendi
             unit = "example" if config.privacy.unit == "example" else "user"
             accounts = _read(path)
             mine = [item for item in accounts if item.unit == unit and _is_same(item, source, records)]
+            if attempt is None:
+                booked = [item.attempt for account in mine for item in account.bookings if item.token == token]
+                attempt = max(booked, default=0) + 1
             if any((item.token, item.attempt) == (token, attempt) for account in mine for item in account.bookings):
                 return
             rows: list[dict[str, Any]] = []
@@ -96,7 +101,8 @@ def book(config: Config, data: Dataset, run: str, folder: Path, spending: Spendi
                 rows.append({"kind": "run", "account": account.name, **dataclasses.asdict(booking)})
             # The folder first: a booking without it would be paid twice, and it without a booking is booked next time.
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / TOKEN_FILE).write_text(token, encoding="ascii")
+            (folder / TOKEN_FILE).touch()
+            (folder / TOKEN_FILE).write_text(f"{token} {_place(folder / TOKEN_FILE)}", encoding="ascii")
             _append(path, rows)
     except BudgetError as error:
         raise ConfigError(f"privacy.budget: {error}") from None
@@ -193,10 +199,16 @@ def _is_same(account: Account, source: str, records: Sequence[str]) -> bool:
 
 
 def _token(folder: Path) -> str:
+    """Name of a folder's bookings. A copy of a folder has none: what goes on there is another transcript."""
     try:
-        return (folder / TOKEN_FILE).read_text(encoding="ascii").strip()
-    except FileNotFoundError:
+        token, place = (folder / TOKEN_FILE).read_text(encoding="ascii").split()
+    except (FileNotFoundError, ValueError):
         return secrets.token_hex(8)
+    return token if place == _place(folder / TOKEN_FILE) else secrets.token_hex(8)
+
+
+def _place(path: Path) -> str:
+    return str(path.stat().st_ino)
 
 
 def _key(folder: Path) -> bytes:

@@ -12,12 +12,13 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import FILLER, Ladder, Shape, Tensors, collate, example_losses
+from dptune.data.batches import Ladder, Shape, Tensors, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import Backbone
@@ -38,6 +39,13 @@ class GradientPath:
     ladder: Ladder
     notes: tuple[str, ...] = ()
     """What was tried before, and why it is not used; for the log."""
+    key: str = ""
+    """A digest of all that the check depended on."""
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for processes that compute alike; 16 bytes."""
+        return hashlib.sha256(f"{self.key} {self.engine} {self.ladder.rows}".encode()).digest()[:16]
 
     def to_json(self) -> str:
         """For the cache; what the ladder is made of is in its key."""
@@ -61,6 +69,8 @@ def checked_path(config: Config, backbone: Backbone, model: torch.nn.Module, pri
         ConfigError: when there is none, with the reason.
     """
     adapters.set_modes(model)
+    if private:
+        _check_positions(config, backbone)
     ladder = Ladder(config.environment.sequence_length, config.compute.physical_batch_size, backbone.layout)
     names = _candidates(config, model)
     key = _key(config, backbone, names, ladder, private)
@@ -70,19 +80,40 @@ def checked_path(config: Config, backbone: Backbone, model: torch.nn.Module, pri
     if key not in _checked:
         _checked[key] = _first_right(config, backbone, model, ladder, names, private)
         write_atomically(place, _checked[key].to_json())
-    return _checked[key]
+    return dataclasses.replace(_checked[key], key=key)
 
 
 _checked: dict[str, GradientPath] = {}
 
 
+def _check_positions(config: Config, backbone: Backbone) -> None:
+    """Raises ConfigError for positions that stretch with what was read before, an evaluation for instance."""
+    settings = backbone.model.config
+    dynamic = '"dynamic"' in json.dumps(getattr(settings, "rope_parameters", None), default=str)
+    longest = config.environment.sequence_length + config.evaluation.max_new_tokens
+    most = getattr(settings, "max_position_embeddings", None)
+    if dynamic and (most is None or longest > most):
+        raise ConfigError(
+            f"model={config.model.name}: its positions stretch with the longest text that was read (rope_type=dynamic),"
+            " so that a gradient would depend on other records; set environment.sequence_length and "
+            f"evaluation.max_new_tokens to at most {most} together"
+        )
+
+
 def _key(config: Config, backbone: Backbone, names: Sequence[str], ladder: Ladder, private: bool) -> str:
     """A digest of everything that the outcome of the check can depend on: what is computed, and with which kernels."""
-    kernels = [torch.__config__.show(), torch.backends.cpu.get_cpu_capability(), platform.processor(), _processor()]
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft")]
+    kernels = [
+        *versions,
+        torch.__config__.show(),
+        torch.backends.cpu.get_cpu_capability(),
+        platform.processor(),
+        _processor(),
+    ]
     switches = sorted(item for item in os.environ.items() if item[0].startswith(_SWITCHES))
     parts = (
         code_version(),
-        backbone.fingerprint,
+        (backbone.fingerprint, repr(backbone.model.config)),
         dataclasses.astuple(config.adapter),
         (config.hyperparameter.rank, config.hyperparameter.steps, config.environment.precision),
         (config.compute.device, config.compute.threads, kernels, switches),
@@ -153,15 +184,11 @@ def probes(ladder: Ladder, vocabulary: int, device: str) -> Iterator[Probe]:
     """Made-up batches of every shape, with rows of the lengths that it takes."""
     for shape in ladder.shapes:
         rows = _rows_of(shape, ladder, vocabulary)
-        other = _rows_of(shape, ladder, vocabulary, shift=101)[::-1]
-        # In another order, and some that do not count.
-        others = [FILLER if at % 3 == 2 else row for at, row in enumerate(other)]
         yield Probe(
             name=f"{shape.rows} rows of up to {shape.width - ladder.layout.extra} tokens",
             rows=collate(rows, ladder.layout, shape, device),
-            others=collate(others, ladder.layout, shape, device),
-            # The shortest has most padding.
-            alone=[(at, collate([rows[at]], ladder.layout, device=device)) for at in [min(1, len(rows) - 1)]],
+            other=collate(_rows_of(shape, ladder, vocabulary, shift=101)[-1:], ladder.layout, shape, device),
+            alone=collate(rows[:1], ladder.layout, device=device),
         )
 
 
@@ -170,8 +197,8 @@ def _rows_of(shape: Shape, ladder: Ladder, vocabulary: int, shift: int = 0) -> l
     layout = ladder.layout
     below = max((width for width in ladder.widths if width < shape.width), default=0)
     most, least = shape.width - layout.extra, max(below - layout.extra + 1, 1)
-    sizes = [most, least, (most + least) // 2, *(most - 7 * at % (most - least + 1) for at in range(shape.rows))]
-    responses = [shape.labels, 2, (shape.labels + 1) // 2, *(1 + 3 * at % shape.labels for at in range(shape.rows))]
+    sizes = [(most + least + 1) // 2, least, most, *(most - 7 * at % (most - least + 1) for at in range(shape.rows))]
+    responses = [(shape.labels + 1) // 2, 2, shape.labels, *(1 + 3 * at % shape.labels for at in range(shape.rows))]
     rows = []
     for at, (size, response) in enumerate(zip(sizes[: shape.rows], responses, strict=False)):
         if layout.architecture == "encoder_decoder":

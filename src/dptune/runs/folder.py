@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dptune.records.lock import RunLock
 
-LOG_FILE, CHECKPOINT_FOLDER = "run.log", "checkpoint"
+LOG_FILE = "run.log"
 
 
 Report = Callable[[str], None]

@@ -121,7 +121,7 @@ def calibrated(plan: PrivacyPlan, target_epsilon: float) -> PrivacyPlan:
         return plan.calibrate(target_epsilon)
 
 
-PATIENCE = 2.0
+PATIENCE = 10.0
 """Seconds that accounting may take in silence."""
 
 

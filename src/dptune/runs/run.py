@@ -28,6 +28,7 @@ from dptune.records.files import whole_folder, write_atomically
 from dptune.records.lock import LockLost, holder, locked
 from dptune.records.record import (
     ADAPTER_FOLDER,
+    CHECKPOINT_FOLDER,
     EVALUATION_FILE,
     HISTORY_FILE,
     Cost,
@@ -39,7 +40,7 @@ from dptune.records.record import (
     read,
 )
 from dptune.runs.booking import book_run
-from dptune.runs.folder import CHECKPOINT_FOLDER, Report, RunFolder, Steps, log_traceback
+from dptune.runs.folder import Report, RunFolder, Steps, log_traceback
 from dptune.runs.privacy import describe, privacy_of, said_if_slow, spent, uncovered_test
 from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
 from dptune.runs.setup import Setup, load_backbone, set_up
@@ -122,7 +123,7 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
     start = start_of(setup, folder)
     write_atomically(folder.path / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_atomically(folder.path / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
-    agreed = Agreement(True, start.step if start else 0, setup.path.ladder.rows, setup.keys.master)
+    agreed = Agreement(True, start.step if start else 0, setup.path.digest, setup.keys.master)
     ranks.broadcast(agreed.to_bytes())
     for note in setup.path.notes:
         folder.log(f"not used: {note}")
@@ -169,10 +170,10 @@ def run_as_other_rank(config: Config, ranks: Ranks) -> RunRecord:
         if agreed.go:
             setup = set_up(config, identity)
             setup = dataclasses.replace(setup, keys=dataclasses.replace(setup.keys, master=agreed.master))
-            if (rows := setup.path.ladder.rows) != agreed.rows:
+            if setup.path.digest != agreed.path:
                 raise ConfigError(
-                    f"this process needs {rows} row(s) in a physical batch and the first one {agreed.rows}: their "
-                    "machines differ; set compute.physical_batch_size=1"
+                    "this process computes gradients in another way than the first one, so that a record's gradient "
+                    "would depend on where it is computed: take machines, versions and environment variables alike"
                 )
             start = load_checkpoint(setup, folder) if agreed.step else None
             if setup.plan.steps:
@@ -193,21 +194,19 @@ class Agreement:
     go: bool
     step: int = 0
     """Number of steps that are in the checkpoint; 0 without one."""
-    rows: int = 0
-    """Rows of a physical batch of short rows: the ranks share out the same physical batches."""
+    path: bytes = bytes(16)
+    """How gradients are computed: the ranks share out the same physical batches, and round alike."""
     master: bytes = field(default=bytes(32), repr=False)
     """Keys of the run."""
 
     def to_bytes(self) -> bytes:
-        """41 bytes."""
-        numbers = self.step.to_bytes(4, "little") + self.rows.to_bytes(4, "little")
-        return bytes([self.go]) + numbers + self.master
+        """53 bytes."""
+        return bytes([self.go]) + self.step.to_bytes(4, "little") + self.path + self.master
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Agreement:
         """Inverse of `to_bytes`."""
-        step, rows = (int.from_bytes(message[at : at + 4], "little") for at in (1, 5))
-        return cls(bool(message[0]), step, rows, message[9:])
+        return cls(bool(message[0]), int.from_bytes(message[1:5], "little"), message[5:21], message[21:])
 
 
 def finished_record(folder: Path, config: Config) -> RunRecord | None:
@@ -283,7 +282,7 @@ def measure_and_train(
     if not plan.steps:
         record.parameters = dataclasses.replace(record.parameters, trainable=0, groups={})
     floor = (
-        setup.backbone.fingerprint,
+        (setup.backbone.fingerprint, repr(setup.backbone.model.config)),
         data.fingerprint,
         sequence_length,
         config.data.template,

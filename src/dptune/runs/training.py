@@ -23,9 +23,9 @@ from dptune.privacy.mechanism import Mechanism, groups_of
 from dptune.privacy.plan import PrivacyPlan
 from dptune.records import mirror as tracking
 from dptune.records.code import code_version
-from dptune.records.record import HISTORY_FILE, LEDGER_FILE, GroupPrivacy, Privacy
+from dptune.records.record import CHECKPOINT_FOLDER, HISTORY_FILE, LEDGER_FILE, GroupPrivacy, Privacy
 from dptune.runs.engine import probes
-from dptune.runs.folder import CHECKPOINT_FOLDER, RunFolder
+from dptune.runs.folder import RunFolder
 from dptune.runs.privacy import epsilon_marks, privacy_of
 from dptune.runs.setup import Setup, training_rows
 from dptune.sweeps.progress import in_time
