@@ -153,6 +153,13 @@ def budget(argv: list[str]) -> None:
     print(budget.describe(budget.accounts_of(config)))
 
 
+def merge(argv: list[str]) -> None:
+    """`dptune merge RUN [to=FOLDER]`: backbone and adapter of a run as one model."""
+    from dptune.runs import merging
+
+    merging.merge(argv)
+
+
 def overview() -> str:
     """What `dptune --help` prints: commands, groups with their choices, sweeps."""
     lines = ["dptune: differentially private, parameter-efficient fine-tuning of language models on instructions", ""]
@@ -325,6 +332,13 @@ VERBS = {
         "One account for each data set and unit of privacy, over all output folders of this machine; the file is\n"
         "budget.jsonl in $DPTUNE_HOME (else ~/.local/state/dptune). With arguments, such as data=files\n"
         "data.path=FILE, only that of their data. privacy.budget=EPSILON refuses a run that would exceed it.",
+    ),
+    "merge": Verb(
+        merge,
+        "RUN [to=FOLDER] [key=value ...]",
+        "writes backbone and adapter of a finished run as one model",
+        "RUN is a run id, below compute.output_root=outputs, or the folder of a run. The model, in safetensors, lands\n"
+        "in its folder merged/, or in to=FOLDER; it is opened again and compared with the adapter before it is there.",
     ),
     "sync": Verb(
         sync, FILTERS, "uploads finished records to W&B, each once", FILTERED + "tracking.project=NAME: where to."

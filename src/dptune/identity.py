@@ -47,9 +47,8 @@ def run_id(config: Config) -> str:
         if identity["data"][name] is None:
             del identity["data"][name]
     if identity["data"]["layout"] == "auto":
-        identity["data"]["layout"] = (
-            "records"  # What it is else, the content says; runs from before it keep their names.
-        )
+        # What it is else, the content says; runs from before it keep their names.
+        identity["data"]["layout"] = "records"
     for name, default in (("examples_per_record", 1), ("field_names", None)):
         if identity["data"][name] == default:
             del identity["data"][name]
@@ -69,8 +68,8 @@ def run_id(config: Config) -> str:
         contents = [content_hash(file) for file in files]
         key = b"" if has_plain_hashes(config.data) else local_key(Path(config.compute.output_root))
         identity["data"]["path"] = keyed_hash(key, contents)
-        names = split_names(config.data) if config.data.splits else None
-        splits = file_splits(config.data.path, readable(config.data.path), names)
+        asked = split_names(config.data) if config.data.splits else None
+        splits = file_splits(config.data.path, readable(config.data.path), asked)
         if any(splits):
             identity["data"]["file_splits"] = splits  # Names of files say them, and are in no content.
     text = json.dumps(identity, sort_keys=True, allow_nan=False)

@@ -78,7 +78,13 @@ def test_times_and_test_metrics_of_private_data_are_mirrored_only_where_allowed(
     splits = ["train"] * 50 + ["test"] * 10
     lines = [{"instruction": "say", "input": f"message {i}", "output": "yes", "split": s} for i, s in enumerate(splits)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = ["data=files", f"data.path={path}", "data.declared_size=50", f"model.path={model_folder}", "model.name=local"]
+    data = [
+        "data=files",
+        f"data.path={path}",
+        "data.declared_size=50",
+        f"model.path={model_folder}",
+        "model.name=local",
+    ]
     done = dptune(tmp_path, *data, "hyperparameter.expected_batch_size=10")
     assert done.returncode == 0, done.stderr
     ((_, found),) = rows(tmp_path).items()

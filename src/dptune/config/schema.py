@@ -206,15 +206,15 @@ class DataConfig:
     """Options of every record that has none of its own."""
     layout: str = _one_of("auto", "records", "conversations", "messages", "trees", "instances", "articles")
     """What a row is; `auto` sees it by the names of its fields, and stops where rows differ in it. `records`: an
-    example. `conversations`: a list of turns (`messages` of role and content, `conversations` of from and value), where
-    a reply of the assistant is an example. `messages`: one message of a conversation tree, as in oasst1, and each reply
-    of an assistant is an example. `trees`: such a tree in one row. `instances`: of a Natural Instructions task.
-    `articles`: paragraphs with questions, as in SQuAD. Of `messages`, `trees` and `articles` more than one person's
-    words are in an example, so that a user-level unit must be the whole: `data.columns.user=message_tree_id`, or
-    `title`."""
+    example. `conversations`: a list of turns (`messages` of role and content, `conversations` of from and value), which
+    is one example, all of whose replies are learned. `messages`: one message of a conversation tree, as in oasst1, and
+    each reply of an assistant is an example. `trees`: such a tree in one row. `instances`: of a Natural Instructions
+    task. `articles`: paragraphs with questions, as in SQuAD. Of `messages`, `trees` and `articles` more than one
+    person's words are in an example, so that a user-level unit must be the whole:
+    `data.columns.user=message_tree_id`, or `title`."""
     examples_per_record: int = _number(1, least=1)
-    """Most examples of one row of `conversations`, `trees` or `instances`, drawn by a hash of the row: replies of a
-    conversation, or outputs of an instance. What one record can change is multiplied by it."""
+    """Most examples of one row of `trees` or `instances`, drawn by a hash of the row: paths through a tree, or outputs
+    of an instance. What one record can change is multiplied by it."""
     field_names: list[str] | None = None
     """Names of the fields of .csv and .tsv files that have no header."""
     splits: list[str] | None = None

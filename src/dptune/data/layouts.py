@@ -14,13 +14,12 @@ from typing import Any
 
 from dptune.config.schema import ColumnsConfig, DataConfig
 from dptune.data.readers import Fault, Items, Row, unpaired
+from dptune.data.schema import Turn
 from dptune.data.subsets import uniform
+from dptune.data.templates import spoken
 
 RECORD, PART, TURNS = "\0record", "\0part", "\0turns"
 """Fields that layouts add to rows: what all examples of a record share, which of them it is, and a prompt in turns."""
-
-Turn = tuple[str, str]
-"""A role, `system`, `user` or `assistant`, and a text."""
 
 ROLES: Mapping[str, str] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -143,45 +142,71 @@ def messages(items: Items, data: DataConfig, seen: Seen) -> Items:
 
 
 def conversations(items: Items, data: DataConfig, seen: Seen) -> Items:
-    """Conversations as examples: a reply of the assistant (`output`) after all that was said before (`instruction`).
+    """Each conversation is one example: its last reply of the assistant (`output`) after all that was said before.
 
-    Of a conversation at most `data.examples_per_record` replies, drawn by a hash of it. `"weight": 0` at a turn, as
-    OpenAI has it, says that it is not to be learned.
+    Its earlier replies are learned in the same pass. `"weight": 0` at a turn, as OpenAI has it, says that it is not to
+    be learned.
     """
-
-    def read(row: Row) -> Iterator[tuple[list[Turn], Row]]:
-        turns = _turns(row)
+    for item in items:
+        if isinstance(item, Fault):
+            yield item
+            continue
+        place, row = item
+        try:
+            turns = _turns(row)
+        except BadRow as error:
+            yield Fault(f"{place}: {error}")
+            continue
         _count(seen, [role for role, _, _ in turns])
-        for at, (role, text, learned) in enumerate(turns):
-            if role == "assistant" and learned and at:
-                yield [(who, what) for who, what, _ in turns[:at]], {**row, "input": None, "output": text}
+        replies = [at for at, (role, _, learned) in enumerate(turns) if role == "assistant" and learned and at]
+        if replies:
+            yield place, {**row, **_prompt(turns[: replies[-1]]), "input": None, "output": turns[replies[-1]][1]}
+        else:
+            yield Fault(f"{place}: the assistant says nothing in it that is learned")
 
-    return _drawn(items, data, read, "a reply of the assistant to something that was said before it")
+
+def _prompt(turns: Sequence[Turn]) -> Row:
+    """What was said before a reply as fields of a row."""
+    return {"instruction": "".join(text for text, _ in spoken(turns)), TURNS: tuple(turns)}
 
 
 def trees(items: Items, data: DataConfig, seen: Seen) -> Items:
-    """Conversation trees, one a row as in oasst1, as examples: a reply of the assistant after its path.
+    """Conversation trees, one a row as in oasst1, as examples: a path from its root to a last reply of the assistant.
 
-    Of a tree at most `data.examples_per_record` replies, drawn by a hash of it. Fields of the reply go before fields
-    of the tree.
+    Of a tree at most `data.examples_per_record` paths, drawn by a hash of it. Fields of the reply go before fields of
+    the tree.
     """
 
-    def read(row: Row) -> Iterator[tuple[list[Turn], Row]]:
+    def read(row: Row) -> Iterator[Row]:
         tree = {name: value for name, value in row.items() if name != "prompt"}
-        todo: list[tuple[list[Turn], Any]] = [([], row.get("prompt"))]
+        todo: list[tuple[tuple[Turn, ...], Any]] = [((), row.get("prompt"))]
         while todo:
             before, message = todo.pop()
             if not isinstance(message, dict):
                 raise BadRow("field 'prompt' is not a message with replies; data.layout=trees needs it")
             role, text = _role(message.get("role"), "prompt"), _text(message.get("text"), "prompt", len(before) + 1)
             _count(seen, [role])
-            if role == "assistant" and before:
-                own = {name: value for name, value in message.items() if name != "replies"}
-                yield before, {**tree, **own, "output": text}
             replies = message.get("replies") or []
-            todo += [([*before, (role, text)], reply) for reply in reversed(replies)]
+            if not isinstance(replies, list):
+                raise BadRow("field 'prompt': the replies of a message are not a list")
+            if role == "assistant" and before and not any(_is_answered(reply) for reply in replies):
+                own = {name: value for name, value in message.items() if name != "replies"}
+                yield {**tree, **own, **_prompt(before), "input": None, "output": text}
+            todo += [((*before, (role, text, role == "assistant")), reply) for reply in reversed(replies)]
 
     return _drawn(items, data, read, "a reply of the assistant")
+
+
+def _is_answered(message: Any) -> bool:
+    """Whether a message of a tree has a reply, somewhere after it, that the assistant wrote."""
+    todo = list(message.get("replies") or ()) if isinstance(message, dict) else []
+    while todo:
+        reply = todo.pop()
+        if isinstance(reply, dict):
+            if ROLES.get(str(reply.get("role")).lower()) == "assistant":
+                return True
+            todo += reply.get("replies") or ()
+    return False
 
 
 def instances(items: Items, data: DataConfig, seen: Seen) -> Items:
@@ -190,11 +215,11 @@ def instances(items: Items, data: DataConfig, seen: Seen) -> Items:
     Of several outputs at most `data.examples_per_record`, drawn by a hash of the instance.
     """
 
-    def read(row: Row) -> Iterator[tuple[list[Turn], Row]]:
+    def read(row: Row) -> Iterator[Row]:
         definition, outputs = row.get("Definition"), row.get("output")
         whole = " ".join(map(str, definition)) if isinstance(definition, list) else definition
         for output in outputs if isinstance(outputs, list) else [outputs]:
-            yield [], {**row, "instruction": whole, "output": output}
+            yield {**row, "instruction": whole, "output": output}
 
     return _drawn(items, data, read, "an output")
 
@@ -228,7 +253,7 @@ def articles(items: Items, data: DataConfig, seen: Seen) -> Items:
             yield Fault(f"{place}: field 'paragraphs' is not a list of a context and its qas; data.layout says what is")
 
 
-def _drawn(items: Items, data: DataConfig, read: Callable[[Row], Iterator[tuple[list[Turn], Row]]], what: str) -> Items:
+def _drawn(items: Items, data: DataConfig, read: Callable[[Row], Iterator[Row]], what: str) -> Items:
     """Of the examples of each row a bounded number, whose choice depends on the row alone."""
     for item in items:
         if isinstance(item, Fault):
@@ -242,18 +267,10 @@ def _drawn(items: Items, data: DataConfig, read: Callable[[Row], Iterator[tuple[
         except BadRow as error:
             yield Fault(f"{place}: {error}")
             continue
-        parts = [(turns, made.get("instruction"), made.get("input"), made["output"]) for turns, made in found]
-        key = json.dumps(parts, default=str)
+        key = json.dumps([(made["instruction"], made.get("input"), made["output"]) for made in found], default=str)
         order = sorted(range(len(found)), key=lambda at: uniform(data.seed, "example of a record", key, str(at)))
         for part, at in enumerate(sorted(order[: data.examples_per_record])):
-            turns, made = found[at]
-            told = {"instruction": as_text(turns), TURNS: tuple(turns)} if turns else {}
-            yield place, {**made, **told, RECORD: key, PART: part}
-
-
-def as_text(turns: Sequence[Turn]) -> str:
-    """What was said before a reply as plain text: replies stand as they do in the plain prompt."""
-    return "\n".join(f"> {text}" if role == "assistant" else text for role, text in turns)
+            yield place, {**found[at], RECORD: key, PART: part}
 
 
 def _said(row: Row) -> tuple[str, Any] | None:
@@ -273,19 +290,19 @@ def _said(row: Row) -> tuple[str, Any] | None:
     return None
 
 
-def _turns(row: Row) -> list[tuple[str, str, bool]]:
-    """Role, text and whether it is to be learned, of each turn; what one role says twice in a row is one turn."""
+def _turns(row: Row) -> list[Turn]:
+    """The turns of a row; what one role says twice in a row is one turn."""
     found = _said(row)
     if found is None:
         raise BadRow("field 'messages' or 'conversations' is not a list of turns; data.layout=conversations needs it")
     name, said = found
     system = row.get("system")
-    turns = [("system", system, True)] if isinstance(system, str) and system.strip() else []
+    turns: list[Turn] = [("system", system, False)] if isinstance(system, str) and system.strip() else []
     for number, turn in enumerate(said, start=1):
         role = _role(turn.get("role", turn.get("from")), name)
         text = _text(turn.get("content", turn.get("value")), name, number)
-        learned = turn.get("weight") != 0
-        if turns and turns[-1][0] == role and turns[-1][2] == learned:
+        learned = role == "assistant" and turn.get("weight") != 0
+        if turns and (turns[-1][0], turns[-1][2]) == (role, learned):
             turns[-1] = (role, f"{turns[-1][1]}\n{text}", learned)
         else:
             turns.append((role, text, learned))

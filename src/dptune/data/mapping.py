@@ -99,7 +99,8 @@ class ColumnMapping:
             output=output,
             user=None if user is None else sys.intern(user),
             split=self._hashed(row, instruction, body, output, user) if named in (None, "hash") else str(named),
-            turns=row.get(TURNS, ()) if instruction == row.get("instruction") else (),
+            # Unless the config puts something else together from the fields of the row.
+            turns=row.get(TURNS, ()) if instruction == row.get("instruction") and not body else (),
         )
 
     def identifier(self, row: Row) -> Any:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+Turn = tuple[str, str, bool]
+"""Of a conversation: a role, `system`, `user` or `assistant`, a text, and whether it is a reply that is learned."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -28,5 +31,5 @@ class Example:
     split: str
     """Split that the record belongs to: `public`, `train`, `validation` or `test`."""
 
-    turns: tuple[tuple[str, str], ...] = ()
-    """The instruction as turns of a conversation, each a role and a text, where it is one: for chat templates."""
+    turns: tuple[Turn, ...] = ()
+    """The instruction as turns, where it is a conversation: all that was said before the output."""

@@ -71,12 +71,16 @@ STABILITY: Mapping[str, Rule] = {
             *("layouts.records", "layouts._count"),
         ),
     ),
-    "layout=conversations, trees, instances": Rule(
+    "layout=conversations": Rule(
         (
-            *("layouts.conversations", "layouts.trees", "layouts.instances", "layouts._drawn", "layouts.as_text"),
-            *("layouts._said", "layouts._turns", "layouts._role", "layouts._text"),
+            *("layouts.conversations", "layouts._prompt", "layouts._said", "layouts._turns", "layouts._role"),
+            *("layouts._text", "templates.spoken"),
         ),
-        applies=lambda config: config.data.layout in ("conversations", "trees", "instances"),
+        applies=lambda config: config.data.layout == "conversations",
+    ),
+    "layout=trees, instances": Rule(
+        ("layouts.trees", "layouts.instances", "layouts._drawn", "layouts._is_answered"),
+        applies=lambda config: config.data.layout in ("trees", "instances"),
         several=True,
     ),
     "layout=articles": Rule(
@@ -179,7 +183,13 @@ STABILITY: Mapping[str, Rule] = {
             *("supportdesk.is_held_out", "supportdesk.held_out"),
         ),
     ),
-    "prompts": Rule(("templates.prompt_of", "templates.plain", "templates.response_of")),
+    "prompts": Rule(
+        (
+            *("templates.prompt_of", "templates.plain", "templates.response_of", "templates.check_template"),
+            "templates._rendered",
+            *("templates.pieces_of", "templates._chat_pieces", "templates._for_strict_templates"),
+        ),
+    ),
 }
 """What is done to records and how stable it is. Of a composition, the stability is at most the product."""
 
