@@ -21,6 +21,8 @@ SPLIT_WORDS: Mapping[str, str] = {
 }
 """What the splits are called in names of files and folders, as the library `datasets` has it."""
 
+_SET = re.compile(r"(?<=.)(data)?(set|split)?$")
+"""What may follow a word at once, as in testset."""
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -50,7 +52,8 @@ def split_words(root: Path, file: Path) -> list[str]:
     """One word for each split that the name of a file says, or else its nearest folder inside `root`."""
     for part in (stem(file), *reversed(file.relative_to(root).parts[:-1])):
         words: dict[str, str] = {}
-        for word in re.split(r"[-._ 0-9]+", part.lower()):
+        for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part):
+            word = _SET.sub("", word.lower())
             if word in SPLIT_WORDS:
                 words.setdefault(SPLIT_WORDS[word], word)
         if words:
@@ -66,7 +69,8 @@ def ending(file: Path) -> str:
 
 def stem(file: Path) -> str:
     """Name of a file without its endings and without the number of its part, as in `train-00000-of-00002.parquet`."""
-    return _SHARD.sub("", file.name.partition(".")[0])
+    name = file.name[:-3] if file.suffix.lower() == ".gz" else file.name
+    return _SHARD.sub("", Path(name).stem)
 
 
 def file_splits(path: str, files: Sequence[Path], names: Mapping[str, str] | None) -> list[str | None]:

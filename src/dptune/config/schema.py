@@ -216,7 +216,7 @@ class DataConfig:
     """Most examples of one row of `trees` or `instances`, drawn by a hash of the row: paths through a tree, or outputs
     of an instance. What one record can change is multiplied by it."""
     field_names: list[str] | None = None
-    """Names of the fields of .csv and .tsv files that have no header."""
+    """Names of the fields of .csv and .tsv files that have no header, and of JSON rows that are lists."""
     splits: list[str] | None = None
     """Pairs `source:ours` from the source's names of splits to `train`, `validation`, `test`, or `hash` to split them
     here, as in `[train:train, dev:test]`; what is not named is left out. Null: the source's names are ours."""

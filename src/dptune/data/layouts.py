@@ -65,31 +65,34 @@ class Seen:
 def laid_out(items: Items, data: DataConfig, seen: Seen) -> Items:
     """Rows as examples, by the layout that the config names or that they are seen to have."""
     before: list[tuple[str, Row] | Fault] = []
-    for item in items:
+    for item in items if seen.layout is None else ():
         before.append(item)
         if not isinstance(item, Fault):
-            if seen.layout is None:
-                seen.layout = layout_of(item[1], data)
+            seen.layout = layout_of(item[1], data)
+        if seen.layout is not None or len(before) == LOOKED_AT:
             break
     layout = seen.layout or "records"
-    rows = _alike(chain(before, items), layout, data, seen)
-    return LAYOUTS[layout](rows, data, seen)
+    return LAYOUTS[layout](_alike(chain(before, items), layout, data, seen), data, seen)
+
+
+LOOKED_AT = 1000
+"""Rows, from the first, among which one must show the layout; each other one must have the same."""
 
 
 def _alike(items: Items, layout: str, data: DataConfig, seen: Seen) -> Items:
-    """The rows, all of one layout where it was not named."""
+    """The rows, none of which may look like another layout."""
     for item in items:
         if not isinstance(item, Fault):
             seen.rows += 1
-            if (other := layout_of(item[1], data)) != layout:
+            if (other := layout_of(item[1], data)) not in (layout, None):
                 what = f"looks like {other}, but what stands before like {layout}; name one with data.layout={layout}"
                 yield Fault(f"{item[0]}: {what}", stops=True)
                 return
         yield item
 
 
-def layout_of(row: Row, data: DataConfig) -> str:
-    """The layout that the config names, or else the one that a row has by its fields; `records` where none fits."""
+def layout_of(row: Row, data: DataConfig) -> str | None:
+    """The layout that the config names, or else the one that a row has by its fields; None where none fits."""
     plain, columns = ColumnsConfig(), data.columns
     if data.layout != "auto":
         return data.layout
@@ -105,7 +108,7 @@ def layout_of(row: Row, data: DataConfig) -> str:
         return "messages"
     if isinstance(row.get("paragraphs"), list):
         return "articles"
-    return "instances" if "Definition" in row and "output" in row else "records"
+    return "instances" if "Definition" in row else None
 
 
 def records(items: Items, data: DataConfig, seen: Seen) -> Items:
@@ -153,16 +156,15 @@ def conversations(items: Items, data: DataConfig, seen: Seen) -> Items:
             continue
         place, row = item
         try:
-            turns = _turns(row)
+            name, turns = _turns(row)
         except BadRow as error:
             yield Fault(f"{place}: {error}")
             continue
         _count(seen, [role for role, _, _ in turns])
-        replies = [at for at, (role, _, learned) in enumerate(turns) if role == "assistant" and learned and at]
-        if replies:
+        if replies := [at for at, (_, _, learned) in enumerate(turns) if learned]:
             yield place, {**row, **_prompt(turns[: replies[-1]]), "input": None, "output": turns[replies[-1]][1]}
         else:
-            yield Fault(f"{place}: the assistant says nothing in it that is learned")
+            yield Fault(f"{place}: field {name!r} has no reply of the assistant, to something that was said before it")
 
 
 def _prompt(turns: Sequence[Turn]) -> Row:
@@ -192,7 +194,9 @@ def trees(items: Items, data: DataConfig, seen: Seen) -> Items:
             if role == "assistant" and before and not any(_is_answered(reply) for reply in replies):
                 own = {name: value for name, value in message.items() if name != "replies"}
                 yield {**tree, **own, **_prompt(before), "input": None, "output": text}
-            todo += [((*before, (role, text, role == "assistant")), reply) for reply in reversed(replies)]
+            todo += [
+                ((*before, (role, text, role == "assistant" and bool(before))), reply) for reply in reversed(replies)
+            ]
 
     return _drawn(items, data, read, "a reply of the assistant")
 
@@ -217,7 +221,7 @@ def instances(items: Items, data: DataConfig, seen: Seen) -> Items:
 
     def read(row: Row) -> Iterator[Row]:
         definition, outputs = row.get("Definition"), row.get("output")
-        whole = " ".join(map(str, definition)) if isinstance(definition, list) else definition
+        whole = " ".join(str(part).strip() for part in definition) if isinstance(definition, list) else definition
         for output in outputs if isinstance(outputs, list) else [outputs]:
             yield {**row, "instruction": whole, "output": output}
 
@@ -290,8 +294,8 @@ def _said(row: Row) -> tuple[str, Any] | None:
     return None
 
 
-def _turns(row: Row) -> list[Turn]:
-    """The turns of a row; what one role says twice in a row is one turn."""
+def _turns(row: Row) -> tuple[str, list[Turn]]:
+    """The field with the turns of a row, and these; what one role says twice in a row is one turn."""
     found = _said(row)
     if found is None:
         raise BadRow("field 'messages' or 'conversations' is not a list of turns; data.layout=conversations needs it")
@@ -301,12 +305,12 @@ def _turns(row: Row) -> list[Turn]:
     for number, turn in enumerate(said, start=1):
         role = _role(turn.get("role", turn.get("from")), name)
         text = _text(turn.get("content", turn.get("value")), name, number)
-        learned = role == "assistant" and turn.get("weight") != 0
+        learned = role == "assistant" and bool(turns) and turn.get("weight") != 0
         if turns and (turns[-1][0], turns[-1][2]) == (role, learned):
             turns[-1] = (role, f"{turns[-1][1]}\n{text}", learned)
         else:
             turns.append((role, text, learned))
-    return turns
+    return name, turns
 
 
 def _role(name: Any, where: str) -> str:

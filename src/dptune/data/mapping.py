@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from dptune.config.files import SPLIT_WORDS
 from dptune.config.schema import SPLITS, ColumnsConfig, DataConfig, split_names
 from dptune.data.layouts import PART, RECORD, TURNS
 from dptune.data.readers import HOLE, Row, unpaired
@@ -124,9 +125,11 @@ class ColumnMapping:
         return value
 
     def _split(self, name: str, column: str) -> str | None:
-        if name not in self._splits and self._data.splits is None:
+        if self._data.splits is not None:
+            return self._splits.get(name)
+        if (ours := SPLIT_WORDS.get(name.strip().lower())) is None:
             raise BadRecord(f"field {column!r} is {name!r}, not one of {', '.join(SPLITS)}; map it with data.splits")
-        return self._splits.get(name)
+        return ours
 
     def _hashed(self, row: Row, instruction: str, body: str, output: str, user: str | None) -> str:
         if self._data.split_by == "user":
@@ -150,7 +153,7 @@ class ColumnMapping:
         if isinstance(options, str) and options.startswith("["):  # A cell of a CSV file.
             try:
                 options = json.loads(options)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadRecord(f"field {column!r} is not a JSON list of texts") from None
         if not isinstance(options, Sequence) or isinstance(options, str):
             raise BadRecord(f"field {column!r} is not a list of texts")
@@ -165,7 +168,7 @@ class ColumnMapping:
         value = _value(row, column)
         if options is not None and value is not None:
             # Text files have no integers; there only the fixed options of a label column are counted.
-            digits = options is self._options and isinstance(value, str) and value.strip().isdecimal()
+            digits = options is self._options and isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value)
             if (isinstance(value, int) and not isinstance(value, bool)) or (digits and value.strip() not in options):
                 if not 0 <= int(value) < len(options):
                     raise BadRecord(f"field {column!r} is {value}, which is no position among {len(options)} options")

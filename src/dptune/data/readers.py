@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dptune.config.extras import require
-from dptune.config.files import ENDINGS, data_files, ending, file_splits, is_saved, readable
+from dptune.config.files import ENDINGS, SPLIT_WORDS, data_files, ending, file_splits, is_saved, readable, stem
 from dptune.config.schema import ConfigError, DataConfig, split_names
 
 
@@ -69,7 +69,7 @@ def parts(data: DataConfig) -> Iterator[Part]:
     if data.path is None:
         yield from _hub(data)
     elif is_saved(data.path):
-        yield from _saved(data.path)
+        yield from _saved(data)
     else:
         yield from _files(data)
 
@@ -147,17 +147,29 @@ def _jsonl(path: Path, data: DataConfig) -> Items:
         if isinstance(line, Fault):
             yield line
         elif line[1].strip():
-            yield _json_row(f"line {line[0]}", line[1])
+            yield _json_row(f"line {line[0]}", line[1], data)
 
 
-def _json_row(place: str, text: str) -> tuple[str, Row] | Fault:
+def _json_row(place: str, text: str, data: DataConfig) -> tuple[str, Row] | Fault:
     try:
         row = _DECODER.decode(text)
     except ValueError as error:
         return Fault(f"{place} is not JSON ({error})")
     except RecursionError:
         return Fault(f"{place} is nested too deeply to be read; leave out the field with so many brackets")
-    return (place, row) if isinstance(row, dict) else Fault(f"{place} is not a JSON object")
+    return _object(place, row, data)
+
+
+def _object(place: str, row: Any, data: DataConfig) -> tuple[str, Row] | Fault:
+    """A row of JSON: an object, or a list of as many values as `data.field_names` has names."""
+    if isinstance(row, list) and data.field_names:
+        if len(row) != len(data.field_names):
+            return Fault(f"{place} has {len(row)} values but data.field_names has {len(data.field_names)}")
+        row = dict(zip(data.field_names, row, strict=True))
+    if isinstance(row, dict):
+        return place, row
+    more = "; name its values with data.field_names=[...]" if isinstance(row, list) else ""
+    return Fault(f"{place} is not a JSON object{more}")
 
 
 def _integer(digits: str) -> int | Decimal:
@@ -166,6 +178,7 @@ def _integer(digits: str) -> int | Decimal:
 
 
 _DECODER = json.JSONDecoder(parse_int=_integer)
+_JSON = "give one array of objects, or one object a line"
 
 
 def _json(path: Path, data: DataConfig) -> Items:
@@ -183,6 +196,8 @@ def _json(path: Path, data: DataConfig) -> Items:
             while True:
                 at = _end(gap, text, at)
                 if text.startswith("]", at):
+                    if text[at + 1 :].strip() or any(chunk.strip() for chunk in chunks):
+                        yield Fault(f"goes on after the end of its array, behind record {number}; {_JSON}", stops=True)
                     return
                 row: Any = None
                 deep = False
@@ -204,10 +219,8 @@ def _json(path: Path, data: DataConfig) -> Items:
                 if deep:
                     what = "is nested too deeply to be read; leave out the field with so many brackets"
                     yield Fault(f"record {number} {what}")
-                elif isinstance(row, dict):
-                    yield f"record {number}", row
                 else:
-                    yield Fault(f"record {number} is not a JSON object")
+                    yield _object(f"record {number}", row, data)
     except UnicodeDecodeError:
         yield Fault(f"not UTF-8 after record {number}; convert the file", stops=True)
     except _UNREADABLE as error:
@@ -235,47 +248,54 @@ def _end_of_brackets(text: str, at: int) -> int:
 def _json_lines_or_object(path: Path, data: DataConfig, start: str, rest: Iterator[str]) -> Items:
     """What a .json file holds that does not begin with a bracket: JSON lines by another name, or one object."""
     first, _, after = start.partition("\n")
-    if after.strip() and not isinstance(_json_row("", first), Fault):
+    if after.strip() and not isinstance(_json_row("", first, data), Fault):
         yield from _jsonl(path, data)
         return
     try:
         whole = _DECODER.decode("".join(chain([start], rest)))
     except ValueError as error:
-        yield Fault(f"not JSON ({error})", stops=True)
+        yield Fault(f"not JSON ({error}); {_JSON}", stops=True)
         return
     except RecursionError:
         yield Fault("nested too deeply to be read; leave out the field with so many brackets", stops=True)
         return
-    rows = rows_of(whole, data, path.name.partition(".")[0])
+    rows = rows_of(whole, data, stem(path))
     if rows is None:
-        yield Fault(
-            "one JSON object, in which no list of records was found; give an array of objects, or one object a line",
-            stops=True,
-        )
+        yield Fault(f"one JSON value, in which no list of records was found; {_JSON}", stops=True)
         return
     for number, row in enumerate(rows, start=1):
-        yield (f"record {number}", row) if isinstance(row, dict) else Fault(f"record {number} is not a JSON object")
+        yield _object(f"record {number}", row, data)
 
 
 def rows_of(whole: Any, data: DataConfig, name: str) -> list[Any] | None:
     """The rows that one JSON object holds; None if it is not seen where.
 
-    A task of Natural Instructions (each instance with the task's definition and name), a list under `data` as in SQuAD,
-    fields each with a list of values, and what pandas' `to_json` writes by its orients columns, index, split and table.
+    A task of Natural Instructions (each instance with the task's definition and name), a list under `data` as in SQuAD
+    or the only list of objects, a list for each split, fields each with a list of values, and what pandas' `to_json`
+    writes by its orients columns, index, split and table.
     """
     if not isinstance(whole, dict):
         return None
-    if isinstance(instances := whole.get("Instances"), list) and "Definition" in whole:
-        return [{"task": name, "Definition": whole["Definition"], **row} for row in instances if isinstance(row, dict)]
-    values = list(whole.values())
+    if isinstance(found := whole.get("Instances"), list) and "Definition" in whole:
+        task = {"task": name, "Definition": whole["Definition"]}
+        return [{**task, **row} if isinstance(row, dict) else row for row in found]
     if isinstance(table := whole.get("data"), list):
         if isinstance(names := whole.get("columns"), list):
             return [dict(zip(map(str, names), row, strict=True)) if len(row) == len(names) else row for row in table]
         return table
+    values = list(whole.values())
+    objects = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if objects and whole.keys() <= SPLIT_WORDS.keys():
+        return [
+            {data.columns.split: split, **row} if isinstance(row, dict) else row
+            for split, rows in whole.items()
+            for row in (rows if isinstance(rows, list) else [rows])
+        ]
+    if len(objects) == 1:
+        return list(objects[0])
     if values and all(isinstance(value, list) for value in values):
-        if len({len(value) for value in values}) == 1 and not all(isinstance(item, dict) for item in chain(*values)):
-            return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
-        return None
+        one_length = len({len(value) for value in values}) == 1
+        return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)] if one_length else None
     if not values or not all(isinstance(value, dict) for value in values):
         return None
     if named_fields(data) & whole.keys() or all(label.isdecimal() for label in values[0]):
@@ -325,6 +345,9 @@ def _csv(path: Path, data: DataConfig) -> Items:
         if len(set(header)) < len(header):
             yield Fault(f"line 1 names a field twice, no row can be read after it; {HEADERLESS}", stops=True)
             return
+        if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+            yield Fault("line 1 is one field; divide the fields of a .csv file by commas, of .tsv by tabs", stops=True)
+            return
         before = reader.line_num
         for values in reader:
             place, start, before = f"line {reader.line_num}", before + 1, reader.line_num
@@ -349,9 +372,10 @@ def _tsv(lines: Iterator[str], data: DataConfig) -> Items:
     """Rows of a text with tabs, line by line.
 
     A quote is a letter like any other, unless it is the first of a field that has quotes because it needs them: for a
-    tab or a doubled quote inside, or for a line break, after which the next line is no row by itself.
+    tab or a doubled quote inside, or for a line break, where the lines are no rows by themselves and together are one.
     """
-    header, open_since, text = data.field_names, 0, ""
+    header = data.field_names
+    held: list[tuple[int, str]] = []
     for number, line in enumerate(lines, start=1):
         line = line.removesuffix("\n").removesuffix("\r")
         if not header:
@@ -360,37 +384,46 @@ def _tsv(lines: Iterator[str], data: DataConfig) -> Items:
                 yield Fault(f"line 1 names a field twice, no row can be read after it; {HEADERLESS}", stops=True)
                 return
             continue
-        if open_since:
-            fields = _tab_fields(joined := f"{text}\n{line}", len(header))
-            short = len(_tab_fields(text, len(header))) < len(header)
-            if line.count("\t") + 1 == len(header) and not (short and len(fields) == len(header)):
-                # A row by itself: what opened before was a letter.
-                yield _tab_row(open_since, text, header)
-                open_since, text = 0, ""
-            elif data.on_bad == "skip":
-                yield Fault(f"line {open_since} opens a quote that does not end in it; write JSON lines", stops=True)
-                return
-            elif _opens_a_quote(fields[-1]):
-                text = joined
-                continue
-            else:
+        if held:
+            joined = "\n".join((*(text for _, text in held), line))
+            is_row = line.count("\t") + 1 == len(header)
+            was_row = held[0][1].count("\t") + 1 == len(header)
+            if not (is_row and was_row) and _is_whole(joined, len(header)):
+                if data.on_bad == "skip":
+                    what = "opens a quote that ends in another line; write JSON lines"
+                    yield Fault(f"line {held[0][0]} {what}", stops=True)
+                    return
                 yield _tab_row(number, joined, header)
-                open_since, text = 0, ""
+                held = []
                 continue
+            if not is_row and len(held) < _MOST_LINES:
+                held.append((number, line))
+                continue
+            # What opened before was a letter.
+            yield from (_tab_row(at, text, header) for at, text in held if text)
+            held = []
         fields = _tab_fields(line, len(header))
         if len(fields) <= len(header) and _opens_a_quote(fields[-1]):
-            open_since, text = number, line
+            held = [(number, line)]
         elif line:
             yield _tab_row(number, line, header)
-    if open_since:
-        yield _tab_row(open_since, text, header or [])
+    yield from (_tab_row(at, text, header or []) for at, text in held if text)
+
+
+_MOST_LINES = 1000
+"""Lines that a quoted field of a .tsv file may have."""
+
+
+def _is_whole(text: str, count: int) -> bool:
+    """Whether lines together are a row, and their breaks are in fields with quotes."""
+    fields = _tab_fields(text, count)
+    return len(fields) == count and all(_QUOTED.fullmatch(field) for field in fields if "\n" in field)
 
 
 def _tab_row(number: int, text: str, header: Sequence[str]) -> tuple[str, Row] | Fault:
     fields = _tab_fields(text, len(header))
-    if len(fields) != len(header) or ("\n" in text and _opens_a_quote(fields[-1])):
-        opens = ", and a quote that opens in it does not end" if _opens_a_quote(fields[-1]) else ""
-        return Fault(f"line {number} has {len(fields)} fields but the header has {len(header)}{opens}")
+    if len(fields) != len(header):
+        return Fault(f"line {number} has {len(fields)} fields but the header has {len(header)}")
     return f"line {number}", dict(zip(header, map(_unquoted, fields), strict=True))
 
 
@@ -419,7 +452,7 @@ def _unquoted(field: str) -> str:
 
 
 def _parquet(path: Path, data: DataConfig) -> Items:
-    """The fields that the config or a layout asks for; all where one that a record must have is missing."""
+    """The fields that the config or a layout asks for, and no others."""
     require("hub", f"data.path={path}")
     import pyarrow
     from pyarrow import parquet
@@ -428,30 +461,70 @@ def _parquet(path: Path, data: DataConfig) -> Items:
     try:
         # Pre-buffering would read all row groups ahead.
         with parquet.ParquetFile(path, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            wanted = [name for name in names if name in named_fields(data) or name in LAYOUT_FIELDS]
-            for batch in file.iter_batches(batch_size=256, columns=wanted if _complete(wanted, data) else None):
-                for row in batch.to_pylist():
+            wanted = _wanted(file.schema_arrow.names, data)
+            if isinstance(wanted, Fault):
+                yield wanted
+                return
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
+                for row in _rows(batch):
                     number += 1
-                    yield f"row {number}", row
-    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
+                    yield (f"row {number}", row) if isinstance(row, dict) else Fault(f"row {number}: {row}")
+    except (OSError, pyarrow.ArrowException) as error:
         yield Fault(f"not readable after row {number} ({_one_line(error)})", stops=True)
+
+
+def _rows(batch: Any) -> list[Row | str]:
+    """Rows of a batch of Parquet, and in place of one that has no counterpart in Python why not."""
+    try:
+        found: list[Row | str] = batch.to_pylist()
+        return found
+    except (ValueError, OverflowError):  # A time beyond the year 9999.
+        rows: list[Row | str] = []
+        for at in range(len(batch)):
+            row: Row = {}
+            for name in batch.schema.names:
+                try:
+                    row[name] = batch.column(name)[at].as_py()
+                except (ValueError, OverflowError) as error:
+                    rows.append(f"field {name!r} cannot be read ({_one_line(error)}); make it a text")
+                    break
+            else:
+                rows.append(row)
+        return rows
 
 
 LAYOUT_FIELDS = frozenset(
     (
-        *("messages", "conversations", "system", "prompt", "completion", "message_tree_id", "message_id", "parent_id"),
+        *(
+            "messages",
+            "conversations",
+            "conversation",
+            "system",
+            "prompt",
+            "completion",
+            "message_tree_id",
+            "message_id",
+            "parent_id",
+        ),
         *("role", "text", "paragraphs", "title", "Definition", "input", "output"),
     )
 )
 """Fields that a layout may need besides those that the config names."""
 
 
-def _complete(fields: Sequence[str], data: DataConfig) -> bool:
-    """Whether a record can be made of these fields: its instruction and output, or a layout's own."""
-    own = {"messages", "conversations", "completion", "message_tree_id", "paragraphs", "Definition"}
-    needed = (data.columns.instruction, data.columns.output)
-    return bool(own & {*fields}) or all(name.startswith("=") or name.partition(".")[0] in fields for name in needed)
+def _wanted(names: Sequence[str], data: DataConfig) -> list[str] | Fault:
+    """Of the fields of a table, those that are asked for; a fault where no record can be made of them."""
+    wanted = [name for name in names if name in named_fields(data) or name in LAYOUT_FIELDS]
+    own = {"messages", "conversations", "conversation", "completion", "message_tree_id", "paragraphs", "Definition"}
+    if own & {*wanted}:
+        return wanted
+    for role in ("instruction", "output"):
+        field = getattr(data.columns, role)
+        if not field.startswith("=") and not {field, field.partition(".")[0]} & {*names}:
+            has = ", ".join(sorted(names)[:12]) or "no field"
+            what = f"field {field!r} is missing; map it with data.columns.{role}=...; the table has {has}"
+            return Fault(what, stops=True)
+    return wanted
 
 
 READERS: dict[str, Callable[[Path, DataConfig], Items]] = dict(
@@ -468,16 +541,17 @@ def _hub(data: DataConfig) -> Iterator[Part]:
             f"data.hub_id={data.hub_id} cannot be read from the Hub ({_one_line(error)}); without network, call "
             "save_to_disk where there is one and give its folder as data.path"
         ) from None
-    yield from _splits(str(data.hub_id), found)
+    yield from _splits(str(data.hub_id), found, data)
 
 
-def _saved(path: str) -> Iterator[Part]:
+def _saved(data: DataConfig) -> Iterator[Part]:
+    path = str(data.path)
     datasets = _datasets(f"data.path={path}")
     try:
         found = datasets.load_from_disk(path)
     except (OSError, ValueError, LookupError) as error:
         raise DataError(f"data.path={path} is no folder of save_to_disk ({_one_line(error)})") from None
-    yield from _splits(path, found)
+    yield from _splits(str(data.path), found, data)
 
 
 def _datasets(what: str) -> Any:
@@ -487,11 +561,23 @@ def _datasets(what: str) -> Any:
     return datasets
 
 
-def _splits(name: str, found: Any) -> Iterator[Part]:
+def _splits(name: str, found: Any, data: DataConfig) -> Iterator[Part]:
     """A `datasets.DatasetDict` split by split, or a `datasets.Dataset`; rows stay on disk until they are read."""
     for split, rows in found.items() if isinstance(found, dict) else [(None, found)]:
-        items = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-        yield Part(f"{name} {split}" if split else name, split, items)
+        yield Part(f"{name} {split}" if split else name, split, _of_dataset(rows, data))
+
+
+def _of_dataset(rows: Any, data: DataConfig) -> Items:
+    wanted = _wanted(rows.column_names, data)
+    if isinstance(wanted, Fault):
+        yield wanted
+        return
+    number = 0
+    try:
+        for number, row in enumerate(rows.select_columns(wanted), start=1):
+            yield f"row {number}", row
+    except (ValueError, OverflowError) as error:
+        yield Fault(f"not readable after row {number} ({_one_line(error)})", stops=True)
 
 
 def unpaired(text: str) -> bool:
