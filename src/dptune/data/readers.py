@@ -270,12 +270,18 @@ def _json_lines_or_object(path: Path, data: DataConfig, start: str, rest: Iterat
 def rows_of(whole: Any, data: DataConfig, name: str) -> list[Any] | None:
     """The rows that one JSON object holds; None if it is not seen where.
 
-    A task of Natural Instructions (each instance with the task's definition and name), a list under `data` as in SQuAD
-    or the only list of objects, a list for each split, fields each with a list of values, and what pandas' `to_json`
-    writes by its orients columns, index, split and table.
+    One record, a task of Natural Instructions (each instance with the task's definition and name), a list under `data`
+    as in SQuAD or the only list of objects, a list for each split, fields each with a list of values, and what pandas'
+    `to_json` writes by its orients columns, index, split and table.
     """
     if not isinstance(whole, dict):
         return None
+    columns = (data.columns.instruction, data.columns.output)
+    said = [whole.get(name) for name in ("messages", "conversations", "conversation")]
+    if all(isinstance(whole.get(column), str) for column in columns) or any(
+        isinstance(turns, list) and turns and isinstance(turns[0], dict) for turns in said
+    ):
+        return [whole]
     if isinstance(found := whole.get("Instances"), list) and "Definition" in whole:
         task = {"task": name, "Definition": whole["Definition"]}
         return [{**task, **row} if isinstance(row, dict) else row for row in found]

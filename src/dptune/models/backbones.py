@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from dptune.config.schema import ConfigError, ModelConfig
 from dptune.data.batches import Architecture, InputFormat
 from dptune.models.quantization import quantize
-from dptune.models.tokenizers import beginning_of, located, with_ends
+from dptune.models.tokenizers import architecture_of, beginning_of, located, with_ends
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,6 @@ CLASSES: dict[Architecture, Any] = {
     "encoder": AutoModelForMaskedLM,
     "encoder_decoder": AutoModelForSeq2SeqLM,
 }
-
-
-def architecture_of(config: PretrainedConfig) -> Architecture:
-    """What kind of model a config describes; a masked language model is an encoder."""
-    if config.is_encoder_decoder:
-        return "encoder_decoder"
-    names = config.architectures or []
-    masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
-    return "encoder" if masked else "decoder"
 
 
 def input_format_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> InputFormat:

@@ -9,25 +9,28 @@ from dptune.config.schema import ConfigError, ModelConfig
 from dptune.models.embedded import folder_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from dptune.data.batches import Architecture
 
 
-def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone, as `backbones.load_backbone` has it.
+def load_tokenizer(config: ModelConfig, cache_dir: Path) -> tuple[PreTrainedTokenizerBase, Architecture]:
+    """The tokenizer of a backbone, as `backbones.load_backbone` has it, and what kind of model it is for.
 
     Raises:
         ConfigError: when there is none at the place given.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     folder, _, where = located(config, cache_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        architecture = architecture_of(AutoConfig.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{where} holds no tokenizer: {reason}") from None
     with_ends(tokenizer, where)
-    return tokenizer
+    return tokenizer, architecture
 
 
 def with_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -38,6 +41,15 @@ def with_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         raise ConfigError(f"{where}: the tokenizer has no end-of-sequence token; set one in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """What kind of model a config describes; a masked language model is an encoder."""
+    if config.is_encoder_decoder:
+        return "encoder_decoder"
+    names = config.architectures or []
+    masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
+    return "encoder" if masked else "decoder"
 
 
 def beginning_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
