@@ -287,6 +287,8 @@ def test_of_several_outputs_one_is_drawn_by_the_instance_alone(tmp_path: Path) -
 def test_every_question_of_an_article_is_an_example(tmp_path: Path) -> None:
     found, seen = read(files(write(tmp_path / "a.json", SQUAD)))
     assert [item.input.split()[-1] for item in found] == ["1858."] and seen.rows == 1
+    half = {"data": [{**SQUAD["data"][0], "title": "\ud800", "task": "reading"}]}
+    assert read(files(write(tmp_path / "a.json", half)))[0][0].task == "reading"
     broken = {"data": [{"title": "x", "paragraphs": [{"qas": [{"answers": [{"text": "a"}]}]}]}]}
     (message,), _ = read(files(write(tmp_path / "a.json", broken)))
     assert "record 1: field 'paragraphs' is not a list of a context and its qas" in message

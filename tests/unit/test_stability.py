@@ -412,6 +412,20 @@ def test_what_has_no_bound_is_refused_for_private_data(values: dict[str, Any], w
     stability_of(private(path, **values, **free))
 
 
+def test_several_examples_of_a_record_cost_as_many_and_have_no_score(tmp_path: Path) -> None:
+    rows = [{"Definition": "say", "input": f"{at}", "output": ["a", "b", "c"]} for at in range(200)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    plans = []
+    for most in (1, 2):
+        wanted = private(path, data__examples_per_record=most, hyperparameter__steps=20, privacy__delta=1e-3)
+        plans.append(make_plan(wanted, load_dataset(wanted)))
+    assert [plan.rows_per_record for plan in plans] == [1, 2]
+    assert {event.group_size for event in plans[1].events()} == {2}
+    scored = private(path, data__examples_per_record=2, privacy__score_noise_multiplier=50.0)
+    with pytest.raises(ConfigError, match="data.examples_per_record=2: one record would move the score.*set it to 1"):
+        load_dataset(scored)
+
+
 SKIPPED = [
     (
         "a.csv",

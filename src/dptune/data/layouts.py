@@ -238,23 +238,20 @@ def articles(items: Items, data: DataConfig, seen: Seen) -> Items:
             yield item
             continue
         place, row = item
-        title = row.get("title")
+        whole = {name: value for name, value in row.items() if name != "paragraphs"}
+        key = json.dumps(row, default=str)
         try:
-            for paragraph in row["paragraphs"]:
-                for question in paragraph["qas"]:
-                    if answers := question.get("answers"):
-                        shared = {"title": title, "id": question.get("id"), "input": paragraph["context"]}
-                        yield (
-                            place,
-                            {
-                                **shared,
-                                "instruction": question["question"],
-                                "output": answers[0]["text"],
-                                RECORD: title,
-                            },
-                        )
+            found = [
+                {**whole, **question, "input": paragraph["context"], "instruction": question["question"]}
+                | {"output": question["answers"][0]["text"], RECORD: key}
+                for paragraph in row["paragraphs"]
+                for question in paragraph["qas"]
+                if question.get("answers")
+            ]
         except (KeyError, TypeError, IndexError, AttributeError):
             yield Fault(f"{place}: field 'paragraphs' is not a list of a context and its qas; data.layout says what is")
+            continue
+        yield from ((place, made) for made in found)
 
 
 def _drawn(items: Items, data: DataConfig, read: Callable[[Row], Iterator[Row]], what: str) -> Items:

@@ -236,8 +236,14 @@ def stability_of(config: Config, layout: str | None = None) -> Stability:
         for rule in found:
             if math.isinf(rule.users if per_user else rule.records):
                 raise ConfigError(rule.way_out)
+    several = config.data.examples_per_record if any(rule.several for rule in found) else 1
+    if several > 1 and config.privacy.score_noise_multiplier is not None:
+        raise ConfigError(
+            f"data.examples_per_record={several}: one record would move the score of privacy.score_noise_multiplier by "
+            "as many; set it to 1, or leave the score out"
+        )
     return Stability(
-        records=math.prod(rule.records * (config.data.examples_per_record if rule.several else 1) for rule in found),
+        records=several * math.prod(rule.records for rule in found),
         users=math.prod(rule.users for rule in found),
         size="public" if declared_units(config) is None else "declared",
     )
