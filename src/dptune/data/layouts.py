@@ -302,7 +302,7 @@ def _turns(row: Row) -> tuple[str, list[Turn]]:
     for number, turn in enumerate(said, start=1):
         role = _role(turn.get("role", turn.get("from")), name)
         text = _text(turn.get("content", turn.get("value")), name, number)
-        learned = role == "assistant" and bool(turns) and turn.get("weight") != 0
+        learned = role == "assistant" and bool(turns) and turn.get("weight") not in (0, "0")
         if turns and (turns[-1][0], turns[-1][2]) == (role, learned):
             turns[-1] = (role, f"{turns[-1][1]}\n{text}", learned)
         else:

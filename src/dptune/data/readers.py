@@ -154,7 +154,8 @@ def _json_row(place: str, text: str, data: DataConfig) -> tuple[str, Row] | Faul
     try:
         row = _DECODER.decode(text)
     except ValueError as error:
-        return Fault(f"{place} is not JSON ({error})")
+        more = "; what goes over several lines is read from .json" if text.strip() in ("[", "{") else ""
+        return Fault(f"{place} is not JSON ({error}){more}")
     except RecursionError:
         return Fault(f"{place} is nested too deeply to be read; leave out the field with so many brackets")
     return _object(place, row, data)
@@ -168,6 +169,8 @@ def _object(place: str, row: Any, data: DataConfig) -> tuple[str, Row] | Fault:
         row = dict(zip(data.field_names, row, strict=True))
     if isinstance(row, dict):
         return place, row
+    if isinstance(row, list) and any(isinstance(value, dict) for value in row):
+        return Fault(f"{place} is an array of JSON objects; that is read from .json, as all that the file holds")
     more = "; name its values with data.field_names=[...]" if isinstance(row, list) else ""
     return Fault(f"{place} is not a JSON object{more}")
 
