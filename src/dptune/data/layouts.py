@@ -93,10 +93,10 @@ def _alike(items: Items, layout: str, data: DataConfig, seen: Seen) -> Items:
 
 def layout_of(row: Row, data: DataConfig) -> str | None:
     """The layout that the config names, or else the one that a row has by its fields; None where none fits."""
-    plain, columns = ColumnsConfig(), data.columns
+    columns = data.columns
     if data.layout != "auto":
         return data.layout
-    if (columns.instruction, columns.output) != (plain.instruction, plain.output):
+    if (columns.instruction, columns.output) != (_PLAIN.instruction, _PLAIN.output):
         return "records"  # They say where both stand in a row.
     if columns.instruction in row and columns.output in row:
         return "records"
@@ -109,6 +109,9 @@ def layout_of(row: Row, data: DataConfig) -> str | None:
     if isinstance(row.get("paragraphs"), list):
         return "articles"
     return "instances" if "Definition" in row else None
+
+
+_PLAIN = ColumnsConfig()
 
 
 def records(items: Items, data: DataConfig, seen: Seen) -> Items:

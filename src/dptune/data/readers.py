@@ -591,7 +591,11 @@ def _of_dataset(rows: Any, data: DataConfig) -> Items:
 
 def unpaired(text: str) -> bool:
     """Whether a text has half of a character that takes two (a lone surrogate): JSON can write it, and nothing read."""
-    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _one_line(error: Exception) -> str:
