@@ -113,7 +113,11 @@ def test_the_largest_sensible_batch_and_delta_follow_from_n(tmp_path: Path) -> N
 def test_what_a_run_would_refuse_is_said_and_the_rest_too(tmp_path: Path) -> None:
     path = conversations(tmp_path / "talk.jsonl", 100)
     said = lines(config(path, hyperparameter__expected_batch_size=256))
-    assert said["plan"][0].startswith("a run would be refused: expected_batch_size must lie in") and "batch" in said
+    assert said["refused"][0].startswith("a run would be: expected_batch_size must lie in") and "batch" in said
+    said = lines(config(conversations(path, 1), data__splits=["hash:hash"]))
+    assert said["format"][0].startswith("1 conversations, 4.0 turns") and "---" in said
+    assert "split is empty; give it records" in said["refused"][0]
+    assert "refused" in lines(config(conversations(path, 0)))
     with pytest.raises(ConfigError, match="data.template=chat: the backbone's tokenizer has no chat template"):
         describe(config(path, data__template="chat"))
 

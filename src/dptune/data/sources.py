@@ -66,12 +66,15 @@ def _parts(example: Example) -> tuple[object, ...]:
     return astuple(example) if example.turns else astuple(example)[:-1]
 
 
-def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None) -> Dataset:
+def load_dataset(
+    config: Config, tokens: Callable[[Example], int] | None = None, *, may_be_empty: bool = False
+) -> Dataset:
     """The data of a run, with its conditions applied.
 
     Args:
         config: the checked config.
         tokens: length of an example in tokens (`templates.token_counter`); needed for `data.on_long=error` only.
+        may_be_empty: leave `check_splits` out, to show what there is.
 
     Raises:
         DataError: naming file, line and field, or the split that is empty.
@@ -94,15 +97,23 @@ def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None)
     train, validation, test = training.examples(), held_out["validation"].examples(), held_out["test"].examples()
     train = apply_to_training(train, config.data_sensitivity, data.seed, data.tasks)
     test = apply_to_test(test, config.data_sensitivity, data.seed, SOURCES.get(data.name, FILES).reword)
-    for split, examples in (("train", train), ("test", test)):
+    key = b"" if has_plain_hashes(data) else local_key(Path(config.compute.output_root))
+    stability_of(config, seen.layout)  # What the rows were seen to be may have no bound, or another unit.
+    found = Dataset(train, validation, test, is_open(data), key, skipped, frozenset(protected), seen)
+    if not may_be_empty:
+        check_splits(config, found)
+    return found
+
+
+def check_splits(config: Config, found: Dataset) -> None:
+    """Raises DataError when there is nothing to train on, or nothing to judge by."""
+    data = config.data
+    for split, examples in (("train", found.train), ("test", found.test)):
         if not examples:
             raise DataError(
                 f"{data.path or data.hub_id or data.name}: the {split} split is empty; give it records, map the "
                 f"source's splits with data.splits, or change data.tasks and data.{split}_size"
             )
-    key = b"" if has_plain_hashes(data) else local_key(Path(config.compute.output_root))
-    stability_of(config, seen.layout)  # What the rows were seen to be may have no bound, or another unit.
-    return Dataset(train, validation, test, is_open(data), key, skipped, frozenset(protected), seen)
 
 
 def _training_subset(data: DataConfig) -> Share | Mixture:

@@ -121,7 +121,13 @@ STABILITY: Mapping[str, Rule] = {
     ),
     "putting together": Rule(
         (
-            *("sources.load_dataset", "sources.Dataset", "sources.Source", "sources.public_examples"),
+            *(
+                "sources.load_dataset",
+                "sources.check_splits",
+                "sources.Dataset",
+                "sources.Source",
+                "sources.public_examples",
+            ),
             *("sources.words_of", "sources._parts", "sources._training_subset", "subsets.uniform", "subsets.content"),
             *("conditions.apply_to_training", "conditions.chosen"),
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING
 from dptune.config.extras import check_extras
 from dptune.config.schema import Config, ConfigError
 from dptune.data.encoding import Encoded, cuts, encode_examples
+from dptune.data.readers import DataError
 from dptune.data.schema import Example
-from dptune.data.sources import Dataset, load_dataset
+from dptune.data.sources import Dataset, check_splits, load_dataset
 from dptune.data.stability import declared_units, stability_of
 from dptune.data.templates import check_template, token_counter
 from dptune.models.tokenizers import beginning_of, load_tokenizer
@@ -65,12 +67,17 @@ def describe(config: Config) -> str:
     tokens: Callable[[Example], int] | None = None
     if config.data.on_long == "error":
         tokens = token_counter(tokenizer, template, len(begin))
-    data = load_dataset(config, tokens)
+    data = load_dataset(config, tokens, may_be_empty=True)
     lines = [f"data={config.data.name}: {'public' if data.public else 'private'}"]
     if not data.public:
         lines = [PRIVATE, *lines]
-    facts = [*_of_source(config, data), *_of_records(data), *_of_lengths(config, data, reader), *_of_plan(config, data)]
-    lines += [ROW.format(name, value) for name, value in facts]
+    facts = [*_of_source(config, data), *_of_records(data)]
+    try:
+        check_splits(config, data)
+        facts += [*_of_lengths(config, data, reader), *_of_plan(config, data)]
+    except DataError as error:
+        facts.append(("refused", f"a run would be: {error}"))
+    lines += [ROW.format(name, _printable(value)) for name, value in facts]
     return "\n".join([*lines, "", *_examples(config, data, reader, private=not data.public)])
 
 
@@ -111,7 +118,9 @@ def _options(examples: Sequence[Example]) -> str:
         return "free form"
     answers = Counter(example.output for example in examples)
     if len(numbers) == 1 and len({example.options for example in examples}) == 1:
-        shares = ", ".join(f"{answer} {count / len(examples):.0%}" for answer, count in answers.most_common(8))
+        shares = ", ".join(
+            f"{textwrap.shorten(answer, 40)} {count / len(examples):.0%}" for answer, count in answers.most_common(8)
+        )
         return f"{numbers[0]} options: {shares}{', ...' if len(answers) > 8 else ''}"
     free = "free form, or " if numbers[0] == 0 else ""
     return f"{free}{numbers[0] or numbers[1]} to {numbers[-1]} options of each record's own"
@@ -152,7 +161,7 @@ def _of_plan(config: Config, data: Dataset) -> Iterator[tuple[str, str]]:
     try:
         make_plan(config, data)
     except ConfigError as error:
-        yield "plan", f"a run would be refused: {error}"
+        yield "refused", f"a run would be: {error}"
     noise = _noise(config, data, size, min(privacy.delta, delta))
     if noise:
         best = noise[-1][0]
@@ -191,16 +200,20 @@ def _down(value: float) -> float:
 
 
 def _examples(config: Config, data: Dataset, reader: Reader, private: bool) -> Iterator[str]:
-    """The shortest, the median and the longest training record as the model sees them."""
-    rows = reader.encoded(data.train, config.environment.sequence_length)
+    """The shortest, the median and the longest record, of training records if there are any, as the model sees them."""
+    examples = data.train or data.validation or data.test
+    if not examples:
+        return
+    rows = reader.encoded(examples, config.environment.sequence_length)
     order = sorted(range(len(rows)), key=lambda at: len(rows[at].tokens))
     chosen = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
     mark = " (NON_PRIVATE)" if private else ""
-    yield f"Training records as the model sees them{mark}; what is learned stands between [[ and ]]:"
+    yield f"Records as the model sees them{mark}; what is learned stands between [[ and ]]:"
     for number, at in enumerate(chosen, start=1):
         row = rows[at]
         yield f"--- {number}: {len(row.tokens)} tokens"
-        yield _printable(_marked(row, reader.tokenizer))
+        text = _marked(row, reader.tokenizer)
+        yield _printable(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}")
 
 
 def _marked(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -214,7 +227,5 @@ def _marked(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without what would steer the terminal, and without the middle of a long text."""
-    if len(text) > SHOWN:
-        text = f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+    """A text without what would steer the terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
