@@ -86,6 +86,13 @@ def compose_and_run(argv: list[str]) -> None:
     """
     if SHOWS & {*argv}:  # One config or what Hydra knows, whether or not it is a sweep's.
         argv = [item for item in argv if item not in ("-m", "--multirun")]
+    check_values(argv)
+    sys.argv = ["dptune", *argv]
+    hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")(job)()
+
+
+def check_values(argv: Sequence[str]) -> None:
+    """Raises ConfigError naming the first override whose value cannot be read."""
     for argument in argv:
         if "=" in argument and not argument.startswith("-"):
             try:
@@ -96,8 +103,6 @@ def compose_and_run(argv: list[str]) -> None:
                 raise ConfigError(
                     f"{argument}: its value cannot be read; quote it for the shell and for Hydra: {quoted}"
                 ) from None
-    sys.argv = ["dptune", *argv]
-    hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")(job)()
 
 
 SHOWS = {"--cfg", "-c", "--info", "-i"}
@@ -144,13 +149,27 @@ def budget(argv: list[str]) -> None:
     """
     from dptune.runs import budget
 
+    print(budget.describe(budget.accounts_of(composed("budget", argv) if argv else None)))
+
+
+def data(argv: list[str]) -> None:
+    """`dptune data [group=choice ...] [key=value ...]`: what would be trained on."""
+    config = composed("data", argv)
+    from dptune.runs import preview
+
+    print(preview.describe(config))
+
+
+def composed(verb: str, argv: list[str]) -> Config:
+    """The config of overrides, for a command that runs nothing. Raises ConfigError for anything else."""
     if words := [item for item in argv if "=" not in item]:
-        raise ConfigError(f"budget {' '.join(words)}: give key=value only, such as data=files data.path=FILE")
-    config = None
-    if argv:
-        with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-            config = strict(hydra.compose("config", overrides=argv))
-    print(budget.describe(budget.accounts_of(config)))
+        raise ConfigError(f"{verb} {' '.join(words)}: give key=value only, such as data=files data.path=FILE")
+    check_values(argv)
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        config = strict(hydra.compose("config", overrides=argv))
+    if config.sweep is not None:
+        raise ConfigError(f"{verb}: sweeps={config.sweep} is many configs; give the keys of one")
+    return config
 
 
 def merge(argv: list[str]) -> None:
@@ -325,6 +344,14 @@ VERBS = {
         view("claims"), FILTERS, "says what the records say of each claim", FILTERED + "to=FOLDER: where to."
     ),
     "report": Verb(view("report"), FILTERS, "writes one self-contained page", FILTERED + "to=FOLDER: where to."),
+    "data": Verb(
+        data,
+        "[group=choice ...] [key=value ...]",
+        "shows what would be trained on, before any budget is spent",
+        "Detected format, splits, N, users, tasks, options, lengths, what is cut off, the largest sensible batch and\n"
+        "delta, and three records as the model sees them. Of private data all of this is for your terminal alone;\n"
+        "nothing is written. dptune data data=files data.path=FILE model=local model.path=FOLDER",
+    ),
     "budget": Verb(
         budget,
         "[group=choice ...] [key=value ...]",

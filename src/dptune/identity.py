@@ -10,8 +10,17 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from dptune.config.files import data_files
-from dptune.config.schema import CHECKSUMS, EMBEDDED, EMBEDDED_DATA, SHIPPED, Config, ConfigError, has_plain_hashes
+from dptune.config.files import data_files, file_splits, readable
+from dptune.config.schema import (
+    CHECKSUMS,
+    EMBEDDED,
+    EMBEDDED_DATA,
+    SHIPPED,
+    Config,
+    ConfigError,
+    has_plain_hashes,
+    split_names,
+)
 from dptune.records.files import write_once
 
 NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
@@ -37,6 +46,12 @@ def run_id(config: Config) -> str:
     for name in ("declared_size", "declared_task_sizes", "declared_users"):
         if identity["data"][name] is None:
             del identity["data"][name]
+    if identity["data"]["layout"] == "auto":
+        # What it is else, the content says; runs from before it keep their names.
+        identity["data"]["layout"] = "records"
+    for name, default in (("examples_per_record", 1), ("field_names", None)):
+        if identity["data"][name] == default:
+            del identity["data"][name]
     if selects_by_content(config):
         identity["data"]["selection"] = "content"  # Runs from before it had other rows.
     for group, names in PERMISSIONS.items():
@@ -49,9 +64,14 @@ def run_id(config: Config) -> str:
     elif config.model.repo is None and config.model.name in EMBEDDED:
         identity["model"]["path"] = content_hash(SHIPPED / config.model.name / CHECKSUMS)
     if config.data.path is not None:
-        contents = [content_hash(file) for file in data_files(config.data.path)]
+        files = data_files(config.data.path)
+        contents = [content_hash(file) for file in files]
         key = b"" if has_plain_hashes(config.data) else local_key(Path(config.compute.output_root))
         identity["data"]["path"] = keyed_hash(key, contents)
+        asked = split_names(config.data) if config.data.splits else None
+        splits = file_splits(config.data.path, readable(config.data.path), asked)
+        if any(splits):
+            identity["data"]["file_splits"] = splits  # Names of files say them, and are in no content.
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

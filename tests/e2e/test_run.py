@@ -624,6 +624,28 @@ def test_bad_records_are_skipped_for_the_holders_eyes_only(config: Config, tmp_p
         assert "were skipped" not in (folder / name).read_text()
 
 
+def test_conversations_are_trained_on_and_their_number_is_for_the_holders_eyes_only(
+    config: Config, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    turns = [("human", "hi"), ("gpt", "hello"), ("human", "and now ?"), ("gpt", "bye")]
+    path.write_text(
+        "".join(
+            json.dumps({"conversations": [{"from": role, "value": f"{text} {at}"} for role, text in turns]}) + "\n"
+            for at in range(177)
+        )
+    )
+    config.data.name, config.data.path, config.data.train_size = "files", str(path), None
+    said: list[str] = []
+    record = run.run(config, report=said.append)
+    assert record.status == "done", record.error
+    assert said[0] == "NON_PRIVATE, for this terminal alone: 177 conversations, 4.0 turns, roles user/assistant"
+    folder = Path(config.compute.output_root) / record.run_id
+    assert record.provenance["layout"] == "conversations"
+    for file in folder.rglob("*"):
+        assert not file.is_file() or b"177 conversations" not in file.read_bytes(), file
+
+
 def test_a_record_that_is_too_long_is_an_error_when_asked_for(config: Config) -> None:
     config.data.on_long, config.environment.sequence_length = "error", 12
     with pytest.raises(ConfigError, match="tokens"):

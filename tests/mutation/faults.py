@@ -846,10 +846,38 @@ FAULTS = (
     Fault(
         "a record's split depends on its place",
         "data/mapping.py",
-        '            content = f"{instruction}\\0{body}\\0{output}"',
+        '            content = row.get(RECORD) or f"{instruction}\\0{body}\\0{output}"',
         '            self.place = getattr(self, "place", 0) + 1\n'
         '            content = f"{self.place}\\0{instruction}\\0{body}\\0{output}"',
         ("unit/test_sources.py::test_the_split_by_content_moves_no_other_record",),
+    ),
+    Fault(
+        "several examples of a record count as one",
+        "data/stability.py",
+        "        records=several * math.prod(",
+        "        records=math.prod(",
+        ("unit/test_stability.py::test_several_examples_of_a_record_cost_as_many_and_have_no_score",),
+    ),
+    Fault(
+        "the first row decides how all others are read",
+        "data/layouts.py",
+        "if (other := layout_of(item[1], data)) not in (layout, None):",
+        "if (other := layout_of(item[1], data)) not in (layout, None) and seen.rows < 0:",
+        ("unit/test_layouts.py::test_rows_of_two_layouts_stop_the_run_and_a_key_overrules",),
+    ),
+    Fault(
+        "files of the test split are trained on",
+        "config/files.py",
+        'return [None] * len(files) if set(found) == {"train"} and names is None else found',
+        "return [None] * len(files)",
+        ("unit/test_readers.py::test_names_of_files_say_the_split",),
+    ),
+    Fault(
+        "a reply that was cut off is learned",
+        "data/encoding.py",
+        "marks = [False] * len(begin) + learned[len(learned) - (len(kept) - len(begin)) :]",
+        "marks = [False] * len(begin) + learned[: len(kept) - len(begin)]",
+        ("unit/test_encoding.py::test_what_is_cut_from_a_conversation_is_learned_no_more",),
     ),
     Fault(
         "users are torn apart by the split",

@@ -39,6 +39,8 @@ LIGHT = [
     "sweeps",
     "runs.privacy",
     "runs.budget",
+    "runs.preview",
+    "models.tokenizers",
     "runs.watch",
     "report",
     "installation",

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dptune.config.checks import strict
 from dptune.config.schema import EMBEDDED_DATA, Config
-from dptune.data.readers import LAYOUTS
+from dptune.data.layouts import LAYOUTS
 from dptune.data.sources import SOURCES
 from dptune.models.quantization import FORMATS
 from dptune.privacy.engines import ENGINES
@@ -45,7 +45,7 @@ def choices_of(key: str) -> set[str]:
         ("environment.engine", ENGINES, {"auto"}),
         ("environment.backbone_quantization", FORMATS, {"none"}),
         ("privacy.projection", PROJECTIONS, set()),
-        ("data.layout", LAYOUTS, set()),
+        ("data.layout", LAYOUTS, {"auto"}),
     ],
 )
 def test_every_choice_is_carried_out_by_a_row_of_a_table(key: str, table: Mapping[str, Any], more: set[str]) -> None:

@@ -7,12 +7,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from dptune.cli import VERBS
 from dptune.config.schema import EMBEDDED_DATA, Config
 from dptune.sweeps.expand import without_hydra
 from dptune.sweeps.jobs import ROOT
 
 PAGE = (ROOT / "src" / "dptune" / "data" / "README.md").read_text(encoding="utf-8")
-COMMANDS = [shlex.split(line)[2:] for line in PAGE.splitlines() if line.startswith("$ dptune")]
+LINES = [shlex.split(line)[2:] for line in PAGE.splitlines() if line.startswith("$ dptune")]
+COMMANDS = [line[line[0] in VERBS :] for line in LINES]
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
@@ -24,7 +26,9 @@ def test_a_command_composes_into_a_config(arguments: list[str]) -> None:
 
 def test_every_preset_is_listed() -> None:
     presets = {path.stem for path in (ROOT / "conf" / "data").glob("*.yaml")} - set(EMBEDDED_DATA)
-    assert len(COMMANDS) >= 8 and presets == set(re.findall(r"`(\w+)`", PAGE.split("|---|---|")[1].split("\n\n")[0]))
+    assert len(COMMANDS) >= 8 and presets == set(
+        re.findall(r"`(\w+)`", PAGE.partition("## Presets")[2].split("|---|---|")[1].split("\n\n")[0])
+    )
 
 
 def test_links_lead_to_files() -> None:

@@ -22,7 +22,7 @@ from dptune.data.batches import (
     physical_batches,
     token_log_probabilities,
 )
-from dptune.data.encoding import Cuts, Encoded, cuts, encode, encode_prompts
+from dptune.data.encoding import Cuts, Encoded, cuts, encode, encode_examples, encode_prompts
 from dptune.data.schema import Example
 from dptune.data.templates import plain as prompt
 
@@ -95,6 +95,76 @@ def test_cuts_are_said_in_one_line_and_nothing_is_said_of_none(tokenizer) -> Non
     said = Cuts(9, cut=4, no_instruction=1, same_options=2).in_words(32)
     assert said is not None and said.startswith("environment.sequence_length=32: 4 of 9 records are cut; 1 lose")
     assert "2 have options that are equal" in said and "tokens of their prompt" not in said
+
+
+TALK = Example(
+    "chat",
+    "hi\n> hello you\nwhy ?\n> no idea\nreally ?",
+    "",
+    None,
+    "yes",
+    None,
+    "train",
+    (
+        ("user", "hi", False),
+        ("assistant", "hello you", True),
+        ("user", "why ?", False),
+        ("assistant", "no idea", True),
+        ("user", "really ?", False),
+    ),
+)
+
+
+def learned_in(row: Encoded, tokenizer) -> list[str]:
+    spans = [*row.earlier, (len(row.tokens) - row.response, len(row.tokens))]
+    return [tokenizer.decode(row.tokens[begin:end]) for begin, end in spans]
+
+
+def test_all_replies_of_a_conversation_are_marked(tokenizer) -> None:
+    (row,) = encode_examples([TALK], tokenizer, 200)
+    assert tokenizer.decode(row.tokens) == f"{TALK.instruction}\n> yes<eos>"
+    assert learned_in(row, tokenizer) == [" hello you", " no idea", " yes<eos>"]
+    (begun,) = encode_examples([TALK], tokenizer, 200, begin=(7, 8))
+    assert begun.tokens == (7, 8, *row.tokens) and learned_in(begun, tokenizer) == learned_in(row, tokenizer)
+    single = Example("chat", "hi", "", None, "yes", None, "train", (("user", "hi", False),))
+    assert encode_examples([single], tokenizer, 200) == encode([("hi\n>", " yes")], tokenizer, 200)
+
+
+def test_what_is_cut_from_a_conversation_is_learned_no_more(tokenizer) -> None:
+    (whole,) = encode_examples([TALK], tokenizer, 200)
+    for length in range(8, len(whole.tokens) + 1):
+        (row,) = encode_examples([TALK], tokenizer, length, begin=(7,))
+        kept = len(row.tokens) - 1
+        assert len(row.tokens) == length and row.tokens == (7, *whole.tokens[-kept:])
+        moved = len(whole.tokens) - kept - 1
+        assert row.earlier == tuple(
+            (max(begin - moved, 1), end - moved) for begin, end in whole.earlier if end - moved > 1
+        )
+
+
+def test_the_loss_of_a_conversation_is_the_mean_over_all_replies(tokenizer) -> None:
+    """Against a forward pass without padding, over all logits; beside a row that is no conversation."""
+    model = tiny_llama().double().eval()
+    rows = [*encode(PAIRS[:1], tokenizer, 200), *encode_examples([TALK], tokenizer, 200)]
+    row = rows[1]
+    ladder = Ladder(200, 4, LAYOUT)
+    assert (
+        ladder.shape_of(row).labels
+        >= LAYOUT.labels_of(row)
+        == 3 * row.response + sum(end - begin - row.response for begin, end in row.earlier)
+    )
+    logits = model(torch.tensor([row.tokens])).logits[0].log_softmax(-1)
+    spans = [*row.earlier, (len(row.tokens) - row.response, len(row.tokens))]
+    places = [place for begin, end in spans for place in range(begin, end)]
+    expected = -sum(logits[place - 1, row.tokens[place]] for place in places) / len(places)
+    assert_close_to_largest(example_losses(model, collate(rows, LAYOUT))[1], expected)
+
+
+def test_an_encoder_decoder_learns_the_last_reply_alone(tokenizer) -> None:
+    layout = InputFormat(pad=0, architecture="encoder_decoder", end=1, start=0)
+    (row,) = encode_examples([TALK], tokenizer, 200)
+    batch = collate([row], layout)
+    assert layout.labels_of(row) == row.response and batch["labels"].tolist() == [list(row.tokens[-row.response :])]
 
 
 def test_a_batch_is_padded_on_the_right(tokenizer) -> None:

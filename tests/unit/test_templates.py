@@ -4,12 +4,22 @@ import pytest
 
 from dptune.config.schema import ConfigError
 from dptune.data.schema import Example
-from dptune.data.templates import check_template, prompt_of, response_of, token_counter
+from dptune.data.templates import check_template, pieces_of, prompt_of, response_of, token_counter
 
 EXAMPLE = Example("team", "which team ?", "reset my code", None, "billing", None, "train")
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
+
+TURNS = (
+    ("system", "be kind", False),
+    ("user", "hi", False),
+    ("assistant", "hello", True),
+    ("user", "why ?", False),
+    ("assistant", "no idea", False),
+    ("user", "really ?", False),
+)
+TALK = Example("chat", "be kind\nhi\n> hello\nwhy ?\n> no idea\nreally ?", "", None, "yes", None, "train", TURNS)
 
 
 @pytest.fixture
@@ -71,3 +81,48 @@ def test_the_length_counts_prompt_response_and_end(chatting: Any, template: str)
     expected = sum(len(chatting(part, add_special_tokens=False)["input_ids"]) for part in text) + 1
     assert token_counter(chatting, template)(EXAMPLE) == expected
     assert token_counter(chatting, template, begin=2)(EXAMPLE) == expected + 2
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_the_pieces_of_a_prompt_are_the_prompt(chatting: Any, template: str) -> None:
+    for example in (EXAMPLE, TALK):
+        assert "".join(text for text, _ in pieces_of(example, chatting, template)) == prompt_of(
+            example, chatting, template
+        )
+
+
+def test_a_conversation_has_its_turns_and_its_replies_are_learned(chatting: Any) -> None:
+    assert prompt_of(TALK, chatting, "plain") == f"{TALK.instruction}\n>"
+    assert [text for text, learned in pieces_of(TALK, chatting, "plain") if learned] == [" hello"]
+    assert prompt_of(TALK, chatting, "chat") == (
+        "<system>be kind</s><user>hi</s><assistant>hello</s><user>why ?</s><assistant>no idea</s><user>really ?</s><a>"
+    )
+    assert not any(learned for _, learned in pieces_of(TALK, chatting, "chat"))  # It asks for <a>, and shows another.
+
+
+ASKS = CHAT.replace("<a>", "<assistant>")
+
+
+def test_a_reply_is_learned_with_its_end_where_the_template_shows_it_as_it_asks_for_it(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", ASKS.replace("</s>", tokenizer.eos_token))
+    assert [text for text, learned in pieces_of(TALK, tokenizer, "chat") if learned] == ["hello<eos>"]
+    monkeypatch.setattr(tokenizer, "chat_template", ASKS.replace("{{ m.content }}", " {{ m.content | trim }}"))
+    assert [text for text, learned in pieces_of(TALK, tokenizer, "chat") if learned] == [" hello"]
+    monkeypatch.setattr(tokenizer, "chat_template", ASKS.replace("{{ m.content }}", "{{ m.content[:2] }}"))
+    assert not any(learned for _, learned in pieces_of(TALK, tokenizer, "chat"))
+
+
+def test_a_template_without_a_system_gets_its_words_with_those_of_the_user(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+        f"{{% endif %}}{{% endfor %}}{ASKS}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", strict)
+    prompt = prompt_of(TALK, tokenizer, "chat")
+    assert prompt.startswith("<user>be kind\nhi</s><assistant>hello</s>")
+    first = Example("chat", "x", "", None, "yes", None, "train", (("assistant", "welcome", False), *TURNS[1:]))
+    assert prompt_of(first, tokenizer, "chat") == prompt.replace("be kind\n", "")

@@ -22,7 +22,7 @@ from omegaconf.errors import (
 )
 
 from dptune.config.adapters import ADAPTERS
-from dptune.config.files import data_files
+from dptune.config.files import data_files, file_splits, readable
 from dptune.config.ranges import OF_INTEGERS, OF_NUMBERS, RANGES, SMALLEST_STABILITY
 from dptune.config.schema import (
     EMBEDDED,
@@ -36,6 +36,7 @@ from dptune.config.schema import (
     ModelConfig,
     is_public,
     noise_mode,
+    split_names,
 )
 
 
@@ -248,11 +249,7 @@ def _check_together(config: Config) -> None:
             "privacy.projection=public takes its gradients from the support desk's dev, which data.organisation=dev "
             "protects: public data must be other data; set data.organisation=private, or use history"
         )
-    if privacy.unit != "example" and data.layout == "messages" and data.columns.user != "message_tree_id":
-        raise ConfigError(
-            f"privacy.unit={privacy.unit} with data.layout=messages: an example has the words of two users, and one of "
-            "them would not be protected; set data.columns.user=message_tree_id, so that a conversation is the unit"
-        )
+    check_unit(privacy.unit, data.layout, data.columns.user)
     if privacy.projection != "none" and (
         config.environment.optimizer == "dp_adam_bc" or config.environment.shrinkage != "none"
     ):
@@ -296,6 +293,24 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"hyperparameter.warmup_steps={hyper.warmup_steps} leaves nothing of hyperparameter.steps={hyper.steps}; "
             "lower the warm-up"
+        )
+
+
+WHOLES = {
+    "messages": ("message_tree_id", "conversation"),
+    "trees": ("message_tree_id", "conversation"),
+    "articles": ("title", "article"),
+}
+"""Layouts that put more than one person's words into an example: the field of what must be the unit, and its name."""
+
+
+def check_unit(unit: str, layout: str, user: str) -> None:
+    """Raises ConfigError when users are protected by examples that also have other users' words."""
+    field, name = WHOLES.get(layout, (user, ""))
+    if unit != "example" and user != field:
+        raise ConfigError(
+            f"privacy.unit={unit} with data.layout={layout}: an example has the words of two users, and one of "
+            f"them would not be protected; set data.columns.user={field}, so that a {name} is the unit"
         )
 
 
@@ -386,6 +401,11 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(f"data.{given[0]} is given but data={data.name} is embedded: add data=files to read it")
     if data.path is not None and not data_files(data.path):
         raise ConfigError(f"data.path={data.path} is not a file, nor a folder or a pattern with files")
+    if data.path is not None:
+        try:
+            file_splits(data.path, readable(data.path), split_names(data) if data.splits else None)
+        except ValueError as error:
+            raise ConfigError(f"data.path={data.path}: {error}") from None
     for pair in data.splits or ():
         if pair.rpartition(":")[2] not in {*SPLITS, "hash"} or ":" not in pair:
             raise ConfigError(f"data.splits: {pair} is not SOURCE:OURS, with one of {', '.join(SPLITS)}, hash as OURS")

@@ -159,8 +159,9 @@ class PrivacyConfig:
 class ColumnsConfig:
     """Where each part of a record is found: the name of a field, or `=` and a text.
 
-    Of a text, each `{field}` is replaced by that field of the record: `"=Classify the sentiment."` is the same for all
-    records, `"={premise} / {hypothesis}"` joins two fields, and `"="` alone says that there is none. On a command line:
+    A name with dots leads into nested fields and lists: `answers.text.0`. Of a text, each `{field}` is replaced by that
+    field of the record: `"=Classify the sentiment."` is the same for all records, `"={premise} / {hypothesis}"` joins
+    two fields, and `"="` alone says that there is none. On a command line:
     `'data.columns.instruction="=Say it again: {text}"'`. A field that is named here and differs from its default must
     be in every record (it may be null, except instruction and output).
     """
@@ -190,8 +191,9 @@ class DataConfig:
     name: str = next(iter(EMBEDDED_DATA))
     """`supportdesk` is embedded; any other name is a label of the records at `path` or `hub_id`."""
     path: str | None = None
-    """A file (.jsonl, .json, .csv, .tsv, each also with .gz, or .parquet), a folder of such files, a pattern like
-    `parts/*.jsonl`, or a folder written by `save_to_disk` of the library `datasets`."""
+    """A file (.jsonl, .ndjson, .json, .csv, .tsv, each also with .gz, or .parquet), a folder of such files, a pattern
+    like `parts/*.jsonl`, or a folder written by `save_to_disk` of the library `datasets`. Of several files, names like
+    train, dev and test say the split."""
     hub_id: str | None = None
     """Data set on the Hugging Face Hub; read if there is no `path`. Needs the extra `hub`."""
     hub_config: str | None = None
@@ -202,10 +204,19 @@ class DataConfig:
     """Where each part of a record is found."""
     options: list[str] | None = None
     """Options of every record that has none of its own."""
-    layout: str = _one_of("records", "messages")
-    """`records`: a row is an example. `messages`: a row is a message of a conversation tree, as in oasst1, and each
-    reply of an assistant is an example. Two people wrote it, so that a user-level unit must be the whole conversation:
-    `data.columns.user=message_tree_id`."""
+    layout: str = _one_of("auto", "records", "conversations", "messages", "trees", "instances", "articles")
+    """What a row is; `auto` sees it by the names of its fields, and stops where rows differ in it. `records`: an
+    example. `conversations`: a list of turns (`messages` of role and content, `conversations` of from and value), which
+    is one example, all of whose replies are learned. `messages`: one message of a conversation tree, as in oasst1, and
+    each reply of an assistant is an example. `trees`: such a tree in one row. `instances`: of a Natural Instructions
+    task. `articles`: paragraphs with questions, as in SQuAD. Of `messages`, `trees` and `articles` more than one
+    person's words are in an example, so that a user-level unit must be the whole:
+    `data.columns.user=message_tree_id`, or `title`."""
+    examples_per_record: int = _number(1, least=1)
+    """Most examples of one row of `trees` or `instances`, drawn by a hash of the row: paths through a tree, or outputs
+    of an instance. What one record can change is multiplied by it."""
+    field_names: list[str] | None = None
+    """Names of the fields of .csv and .tsv files that have no header, and of JSON rows that are lists."""
     splits: list[str] | None = None
     """Pairs `source:ours` from the source's names of splits to `train`, `validation`, `test`, or `hash` to split them
     here, as in `[train:train, dev:test]`; what is not named is left out. Null: the source's names are ours."""

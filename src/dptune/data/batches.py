@@ -85,6 +85,11 @@ class InputFormat:
         """Tokens before a prompt; a chat template writes its own."""
         return self.begin if template == "plain" else ()
 
+    def labels_of(self, row: Encoded) -> int:
+        """Tokens of a row that are learned; of a conversation all replies, where one pass over it reads them all."""
+        earlier = sum(end - begin for begin, end in row.earlier) if self.architecture == "decoder" else 0
+        return row.response + earlier
+
     def width_of(self, row: Encoded) -> int:
         """Columns of the input that a row needs."""
         response = row.response if self.architecture == "encoder_decoder" else 0
@@ -151,7 +156,7 @@ class Ladder:
     def shape_of(self, row: Encoded) -> Shape:
         """The shape of the batches that a row stands in: a function of its own length and of its response's."""
         width = next(width for width in self.widths if width >= self.layout.width_of(row))
-        return self._shape(width, next(labels for labels in self._labels() if labels >= row.response))
+        return self._shape(width, next(labels for labels in self._labels() if labels >= self.layout.labels_of(row)))
 
     def sizes_of(self, shape: Shape) -> tuple[int, ...]:
         """Numbers of rows that batches of a shape may have, in descending order."""
@@ -223,7 +228,7 @@ def collate(
         ValueError: when the rows do not have the shape.
     """
     if shape is None:
-        shape = Shape(max(map(layout.width_of, rows)), max(1, *(row.response for row in rows)), len(rows))
+        shape = Shape(max(map(layout.width_of, rows)), max(1, *map(layout.labels_of, rows)), len(rows))
     if len(rows) > shape.rows:
         raise ValueError(f"{len(rows)} rows do not fit into a physical batch of {shape.rows}")
     arrays = _LAYOUTS[layout.architecture]([*rows, *[FILLER] * (shape.rows - len(rows))], layout, shape)
@@ -233,10 +238,13 @@ def collate(
 def _decoder(rows: Sequence[Encoded], layout: InputFormat, shape: Shape) -> dict[str, NDArray[np.int64]]:
     labels, positions = [], []
     for row in rows:
+        learned = [
+            at for span in (*row.earlier, (len(row.tokens) - row.response, len(row.tokens))) for at in range(*span)
+        ]
         # A token is predicted where the one before it is read: nothing predicts the first of all.
-        begin = max(len(row.tokens) - row.response, 1)
-        labels.append(row.tokens[begin:])
-        positions.append(tuple(range(begin - 1, len(row.tokens) - 1)))
+        learned = [at for at in learned if at]
+        labels.append(tuple(row.tokens[at] for at in learned))
+        positions.append(tuple(at - 1 for at in learned))
     batch = {
         "input_ids": _padded([row.tokens for row in rows], layout.pad, shape.width),
         "labels": _padded(labels, IGNORED, shape.labels),

@@ -42,7 +42,7 @@ def apply_to_training(
     kept = scarce(kept, condition.train_fraction, seed)
     kept = [with_label_noise(example, condition.label_noise, seed) for example in kept]
     kept = [
-        dataclasses.replace(example, instruction=perturbed(example.instruction, choice))
+        dataclasses.replace(example, instruction=perturbed(example.instruction, choice), turns=())
         if (choice := chosen(example, condition.instruction_perturbation, "perturbed", seed)) is not None
         else example
         for example in kept
@@ -215,7 +215,7 @@ REWORDINGS = (
 def reworded(example: Example, choice: float) -> Example:
     """The example with its instruction in one of the `REWORDINGS`."""
     return dataclasses.replace(
-        example, instruction=REWORDINGS[int(choice * len(REWORDINGS))].format(example.instruction)
+        example, instruction=REWORDINGS[int(choice * len(REWORDINGS))].format(example.instruction), turns=()
     )
 
 
@@ -228,4 +228,4 @@ def distracted(example: Example, choice: float) -> Example:
     if not example.input:
         return example
     before = DISTRACTIONS[: 1 + int(choice * len(DISTRACTIONS))]
-    return dataclasses.replace(example, input=" ".join((*before, example.input)))
+    return dataclasses.replace(example, input=" ".join((*before, example.input)), turns=())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from dptune.data.schema import Example
-from dptune.data.templates import prompt_of, response_of
+from dptune.data.templates import pieces_of, prompt_of, response_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,8 @@ class Encoded:
     tokens: tuple[int, ...]
     response: int
     """Number of response tokens at the end, the end-of-sequence token included."""
+    earlier: tuple[tuple[int, int], ...] = ()
+    """Where earlier replies of a conversation, which are learned too, begin and end."""
 
 
 def encode(
@@ -70,13 +73,40 @@ def encode_examples(
     template: str = "plain",
     begin: tuple[int, ...] = (),
 ) -> list[Encoded]:
-    """Tokens of examples with their own responses."""
-    return encode(
+    """Tokens of examples with their own responses, and of conversations with all replies that are learned."""
+    rows = encode(
         [(prompt_of(example, tokenizer, template), response_of(example.output, template)) for example in examples],
         tokenizer,
         sequence_length,
         begin,
     )
+    return [
+        row
+        if all(role != "assistant" for role, _, _ in example.turns)
+        else _with_earlier(row, pieces_of(example, tokenizer, template), tokenizer, sequence_length, begin)
+        for example, row in zip(examples, rows, strict=True)
+    ]
+
+
+def _with_earlier(
+    row: Encoded,
+    pieces: Sequence[tuple[str, bool]],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    begin: tuple[int, ...],
+) -> Encoded:
+    """A row whose prompt has replies that are learned: each is tokens by itself, as it is when it is written."""
+    head, learned = list[int](), list[bool]()
+    for tokens, (_, reply) in zip(
+        tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"], pieces, strict=True
+    ):
+        head += tokens
+        learned += [reply] * len(tokens)
+    kept = _cut(head, sequence_length - row.response, begin)
+    marks = [False] * len(begin) + learned[len(learned) - (len(kept) - len(begin)) :]
+    edges = [at for at, (one, other) in enumerate(pairwise((False, *marks, False))) if one != other]
+    spans = tuple(zip(edges[::2], edges[1::2], strict=True))
+    return Encoded((*kept, *row.tokens[len(row.tokens) - row.response :]), row.response, spans)
 
 
 FEWEST_PROMPT_TOKENS = 4
@@ -135,7 +165,9 @@ def cuts(
         found["same_options"] += len({tail[:most] for tail in whole}) < len({*whole})
         if kept < len(head):
             found["few_tokens"] += kept < FEWEST_PROMPT_TOKENS
-            before = prompt[: prompt.find(example.instruction) + len(example.instruction)]
+            # Of a conversation, what it goes on from.
+            asked = example.turns[-1][1].strip() if example.turns else example.instruction
+            before = prompt[: (prompt.rfind if example.turns else prompt.find)(asked) + len(asked)]
             instruction = tokenizer(before, add_special_tokens=False)["input_ids"]
             found["no_instruction"] += len(head) - kept >= len(instruction)
     return Cuts(len(examples), **found)

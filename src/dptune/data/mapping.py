@@ -9,20 +9,25 @@ import math
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from dptune.config.files import SPLIT_WORDS
 from dptune.config.schema import SPLITS, ColumnsConfig, DataConfig, split_names
-from dptune.data.readers import Row
+from dptune.data.layouts import PART, RECORD, TURNS
+from dptune.data.readers import HOLE, Row, unpaired
 from dptune.data.schema import Example
 
-_HOLE = re.compile(r"\{([^{}]+)\}")
 _WHOLE = re.compile(r"^(-?(?:0|[1-9][0-9]*))\.0+$")
 
 
 class BadRecord(ValueError):
     """What is wrong with a record, beginning with its field; a row of a data file that makes no example."""
+
+
+class MissingField(BadRecord):
+    """A field that the record should have, and has not."""
 
 
 _NO_USER = frozenset(("", "nan", "NaN", "NAN", "NaT", "None", "null", "NULL", "<NA>"))
@@ -35,10 +40,12 @@ def user_name(value: Any) -> str | None:
     A number is the same as text and as another type of number (7, 7.0, "7.0"), a letter the same however it is composed
     (Unicode NFKC), and spaces at the ends and invisible characters count for nothing. "007" is not 7: it is a code.
     """
-    if isinstance(value, float | Decimal):
-        if not math.isfinite(value):
-            return None
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        return None
+    if isinstance(value, float):
         value = int(value) if value == int(value) else value
+    elif isinstance(value, Decimal):
+        value = format(value, "f")
     text = "".join(letter for letter in str("" if value is None else value) if unicodedata.category(letter) != "Cf")
     text = unicodedata.normalize("NFKC", " ".join(unicodedata.normalize("NFKC", text).split()))
     text = _WHOLE.sub(r"\1", text)
@@ -69,16 +76,16 @@ class ColumnMapping:
             BadRecord: naming the field.
         """
         columns = self._data.columns
-        for column, role in self._named.items():
-            if column not in row:
-                raise BadRecord(
-                    f"field {column!r} is missing, but data.columns.{role} names it; the row has {_names(row)}"
-                )
         named = _text(row, columns.split, "split") or split
         if named is not None:
             named = self._split(named, columns.split)
             if named is None:
                 return None
+        for column, role in self._named.items():
+            if not _has(row, column):
+                raise MissingField(
+                    f"field {column!r} is missing, but data.columns.{role} names it; the row has {_names(row)}"
+                )
         instruction = self._required(row, "instruction")
         options = self._options_of(row)
         output = self._output(row, options)
@@ -92,7 +99,9 @@ class ColumnMapping:
             options=options,
             output=output,
             user=None if user is None else sys.intern(user),
-            split=self._hashed(instruction, body, output, user) if named in (None, "hash") else str(named),
+            split=self._hashed(row, instruction, body, output, user) if named in (None, "hash") else str(named),
+            # Unless the config puts something else together from the fields of the row.
+            turns=row.get(TURNS, ()) if instruction == row.get("instruction") and not body else (),
         )
 
     def identifier(self, row: Row) -> Any:
@@ -102,13 +111,13 @@ class ColumnMapping:
         value = _value(row, self._data.columns.id)
         if value is None:
             raise BadRecord(f"field {self._data.columns.id!r} is missing; data.columns.id names it")
-        return value
+        return (value, row[PART]) if row.get(PART) else value
 
     def _required(self, row: Row, role: str) -> str:
         column = getattr(self._data.columns, role)
         value = _text(row, column, role)
         if value is None:
-            raise BadRecord(
+            raise MissingField(
                 f"field {column!r} is missing; map it with data.columns.{role}=...; the row has {_names(row)}"
             )
         if not value.strip():
@@ -116,11 +125,13 @@ class ColumnMapping:
         return value
 
     def _split(self, name: str, column: str) -> str | None:
-        if name not in self._splits and self._data.splits is None:
+        if self._data.splits is not None:
+            return self._splits.get(name)
+        if (ours := SPLIT_WORDS.get(name.strip().lower())) is None:
             raise BadRecord(f"field {column!r} is {name!r}, not one of {', '.join(SPLITS)}; map it with data.splits")
-        return self._splits.get(name)
+        return ours
 
-    def _hashed(self, instruction: str, body: str, output: str, user: str | None) -> str:
+    def _hashed(self, row: Row, instruction: str, body: str, output: str, user: str | None) -> str:
         if self._data.split_by == "user":
             if user is None:
                 raise BadRecord(
@@ -129,7 +140,8 @@ class ColumnMapping:
                 )
             content = f"user {user}"
         else:
-            content = f"{instruction}\0{body}\0{output}"
+            # Examples of one record stay together.
+            content = row.get(RECORD) or f"{instruction}\0{body}\0{output}"
         digit = hashlib.sha256(content.encode()).digest()[0]
         return "test" if digit < 26 else "validation" if digit < 51 else "train"
 
@@ -141,12 +153,14 @@ class ColumnMapping:
         if isinstance(options, str) and options.startswith("["):  # A cell of a CSV file.
             try:
                 options = json.loads(options)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadRecord(f"field {column!r} is not a JSON list of texts") from None
         if not isinstance(options, Sequence) or isinstance(options, str):
             raise BadRecord(f"field {column!r} is not a list of texts")
         if not options or not all(isinstance(option, str) for option in options):
             raise BadRecord(f"field {column!r} is not a list of one or more texts")
+        if any(map(unpaired, options)):
+            raise BadRecord(f"field {column!r} {_HALF}")
         return _shared(tuple(option.strip() for option in options))
 
     def _output(self, row: Row, options: tuple[str, ...] | None) -> str:
@@ -154,7 +168,7 @@ class ColumnMapping:
         value = _value(row, column)
         if options is not None and value is not None:
             # Text files have no integers; there only the fixed options of a label column are counted.
-            digits = options is self._options and isinstance(value, str) and value.strip().isdecimal()
+            digits = options is self._options and isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value)
             if (isinstance(value, int) and not isinstance(value, bool)) or (digits and value.strip() not in options):
                 if not 0 <= int(value) < len(options):
                     raise BadRecord(f"field {column!r} is {value}, which is no position among {len(options)} options")
@@ -176,25 +190,47 @@ def _shared(options: tuple[str, ...]) -> tuple[str, ...]:
 def _value(row: Row, column: str) -> Any:
     """Field of a row, or the text of a `=` column; None when there is none."""
     if not column.startswith("="):
-        return row.get(column)
+        return _field(row, column)
 
     def fill(hole: re.Match[str]) -> str:
-        value = row.get(hole[1])
+        value = _field(row, hole[1])
         if value is None:
-            raise BadRecord(
+            raise MissingField(
                 f"field {hole[1]!r} is missing, but the text {column!r} needs it; the row has {_names(row)}"
             )
         return str(value)
 
-    return _HOLE.sub(fill, column[1:]) or None
+    return HOLE.sub(fill, column[1:]) or None
+
+
+def _field(row: Row, name: str) -> Any:
+    """A field by its name, or by names with dots between, where a number counts in a list; None when there is none."""
+    if name in row or "." not in name:
+        return row.get(name)
+    value: Any = row
+    for step in name.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(step)
+        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value
+
+
+def _has(row: Row, name: str) -> bool:
+    """Whether a row has a field; of nested fields, whether it has the first."""
+    return name in row or name.partition(".")[0] in row
 
 
 def _user(row: Row, column: str) -> str | None:
     """Name of the user; of a text with fields, each field is a name, and nobody if one of them is."""
     value = _value(row, column)
     if column.startswith("="):
-        parts = {name: user_name(row.get(name)) for name in _HOLE.findall(column)}
-        value = None if None in parts.values() else _HOLE.sub(lambda hole: str(parts[hole[1]]), column[1:])
+        parts = {name: user_name(_field(row, name)) for name in HOLE.findall(column)}
+        value = None if None in parts.values() else HOLE.sub(lambda hole: str(parts[hole[1]]), column[1:])
+    if isinstance(value, str) and unpaired(value):
+        raise BadRecord(f"field {column!r} {_HALF}")
     return user_name(value)
 
 
@@ -202,8 +238,13 @@ def _text(row: Row, column: str, role: str) -> str | None:
     value = _value(row, column)
     if value is not None and not isinstance(value, str):
         raise BadRecord(f"field {column!r} is not text; data.columns.{role} must name a text")
+    if value is not None and unpaired(value):
+        raise BadRecord(f"field {column!r} {_HALF}")
     return value
 
 
+_HALF = "has half a character (a lone surrogate); repair its text"
+
+
 def _names(row: Row) -> str:
-    return ", ".join(sorted(map(str, row))[:12]) or "no field"
+    return ", ".join(sorted(name for name in map(str, row) if not name.startswith("\0"))[:12]) or "no field"

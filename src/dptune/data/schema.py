@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+Turn = tuple[str, str, bool]
+"""Of a conversation: a role, `system`, `user` or `assistant`, a text, and whether it is a reply that is learned."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -27,3 +30,6 @@ class Example:
 
     split: str
     """Split that the record belongs to: `public`, `train`, `validation` or `test`."""
+
+    turns: tuple[Turn, ...] = ()
+    """The instruction as turns, where it is a conversation: all that was said before the output."""

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from dptune.config.schema import SPLITS, Config, ConfigError, DataConfig, has_plain_hashes, is_open, is_public
 from dptune.data.conditions import apply_to_test, apply_to_training
-from dptune.data.mapping import BadRecord, ColumnMapping
-from dptune.data.readers import LAYOUTS, DataError, Fault, parts
+from dptune.data.layouts import Seen, laid_out
+from dptune.data.mapping import BadRecord, ColumnMapping, MissingField
+from dptune.data.readers import HEADERLESS, DataError, Fault, parts
 from dptune.data.schema import Example
 from dptune.data.sketch import Sketch, words
 from dptune.data.stability import declared_records, stability_of
@@ -51,32 +52,42 @@ class Dataset:
     """Fingerprint of each record that was read, kept or not, where public records are to be compared with them."""
     sketch: tuple[int, ...] = field(default=(), repr=False)
     """Hashes by which private records that were read, kept or not, are known again: NON_PRIVATE, and without a key."""
+    seen: Seen = field(default_factory=Seen, repr=False)
+    """What the files were seen to hold: NON_PRIVATE but for the layout."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of all records in their order, keyed if they are private."""
         splits = (self.train, self.validation, self.test)
-        return keyed_hash(self.key, (json.dumps(astuple(example)) for split in splits for example in split))
+        return keyed_hash(self.key, (json.dumps(_parts(example)) for split in splits for example in split))
 
 
-def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None) -> Dataset:
+def _parts(example: Example) -> tuple[object, ...]:
+    """All that an example is; of one that is no conversation, what it was before there were any."""
+    return astuple(example) if example.turns else astuple(example)[:-1]
+
+
+def load_dataset(
+    config: Config, tokens: Callable[[Example], int] | None = None, *, may_be_empty: bool = False
+) -> Dataset:
     """The data of a run, with its conditions applied.
 
     Args:
         config: the checked config.
         tokens: length of an example in tokens (`templates.token_counter`); needed for `data.on_long=error` only.
+        may_be_empty: leave `check_splits` out, to show what there is.
 
     Raises:
         DataError: naming file, line and field, or the split that is empty.
         ConfigError: when one private record could change any number of training rows.
     """
     stability_of(config)
-    data, skipped = config.data, Skipped()
+    data, skipped, seen = config.data, Skipped(), Seen()
     held_out = {split: Smallest(getattr(data, f"{split}_size"), data.seed) for split in SPLITS if split != "train"}
     training = _training_subset(data)
     tasks, protected, sketch = set[str](), set[bytes](), Sketch()
     private = not is_public(data)
-    for example in _checked(config, tokens, skipped):
+    for example in _checked(config, tokens, skipped, seen):
         tasks.add(example.task)
         if config.privacy.projection == "public":
             protected.add(words_of(example))
@@ -90,14 +101,24 @@ def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None)
     train, validation, test = training.examples(), held_out["validation"].examples(), held_out["test"].examples()
     train = apply_to_training(train, config.data_sensitivity, data.seed, data.tasks)
     test = apply_to_test(test, config.data_sensitivity, data.seed, SOURCES.get(data.name, FILES).reword)
-    for split, examples in (("train", train), ("test", test)):
+    key = b"" if has_plain_hashes(data) else local_key(Path(config.compute.output_root))
+    stability_of(config, seen.layout)  # What the rows were seen to be may have no bound, or another unit.
+    lowest = sketch.lowest()
+    found = Dataset(train, validation, test, is_open(data), key, skipped, frozenset(protected), lowest, seen)
+    if not may_be_empty:
+        check_splits(config, found)
+    return found
+
+
+def check_splits(config: Config, found: Dataset) -> None:
+    """Raises DataError when there is nothing to train on, or nothing to judge by."""
+    data = config.data
+    for split, examples in (("train", found.train), ("test", found.test)):
         if not examples:
             raise DataError(
                 f"{data.path or data.hub_id or data.name}: the {split} split is empty; give it records, map the "
                 f"source's splits with data.splits, or change data.tasks and data.{split}_size"
             )
-    key = b"" if has_plain_hashes(data) else local_key(Path(config.compute.output_root))
-    return Dataset(train, validation, test, is_open(data), key, skipped, frozenset(protected), sketch.lowest())
 
 
 def _training_subset(data: DataConfig) -> Share | Mixture:
@@ -134,14 +155,16 @@ def words_of(example: Example) -> bytes:
     return hashlib.blake2b(" ".join(words(f"{example.instruction} {example.input}")).encode(), digest_size=16).digest()
 
 
-def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: Skipped) -> Iterator[Example]:
+def _checked(
+    config: Config, tokens: Callable[[Example], int] | None, skipped: Skipped, seen: Seen
+) -> Iterator[Example]:
     """The good records of the source; a bad one is an error, or is noted in `skipped`."""
     data = config.data
     one_split = config.privacy.unit != "example" or data.split_by == "user"
     if data.on_long == "error" and tokens is None:
         raise ValueError("load needs the argument tokens for data.on_long=error")
     split_of_user: dict[str, str] = {}
-    for where, item in SOURCES.get(data.name, FILES).read(data):
+    for where, item in SOURCES.get(data.name, FILES).read(data, seen):
         fault = item if isinstance(item, Fault) else None
         if isinstance(item, Example):
             if tokens is not None and data.on_long == "error":
@@ -173,12 +196,13 @@ def _checked(config: Config, tokens: Callable[[Example], int] | None, skipped: S
                 skipped.messages.append(f"{where} {fault.message}")
 
 
-def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
+def _mapped(data: DataConfig, seen: Seen) -> Iterator[tuple[str, Example | Fault]]:
     """Records of files or of the Hub with their places, split by split as the source has them."""
     mapping = ColumnMapping(data)
     identifiers: set[int] = set()  # hashes, so that long identifiers take no more memory
     for part in parts(data):
-        for item in LAYOUTS[data.layout](part.items):
+        seen.parts.append((part.name, part.split))
+        for item in laid_out(part.items, data, seen):
             if isinstance(item, Fault):
                 yield f"{part.name}:", item
                 continue
@@ -187,6 +211,10 @@ def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
             try:
                 example = mapping.example(row, part.split)
                 identifier = None if example is None else mapping.identifier(row)
+            except MissingField as error:
+                # The header of a file is that of all its rows.
+                yield where, Fault(f"{error}; {HEADERLESS}" if part.header else str(error), stops=part.header)
+                continue
             except BadRecord as error:
                 yield where, Fault(str(error))
                 continue
@@ -201,7 +229,7 @@ def _mapped(data: DataConfig) -> Iterator[tuple[str, Example | Fault]]:
             yield where, example
 
 
-def _supportdesk(data: DataConfig) -> Iterator[tuple[str, Example]]:
+def _supportdesk(data: DataConfig, seen: Seen) -> Iterator[tuple[str, Example]]:
     """The customer-support desk."""
     sizes = {
         split: size for split, size in ((split, getattr(data, f"{split}_size")) for split in SPLITS) if size is not None
@@ -215,7 +243,7 @@ def _supportdesk(data: DataConfig) -> Iterator[tuple[str, Example]]:
 class Source:
     """Where records come from."""
 
-    read: Callable[[DataConfig], Iterator[tuple[str, Example | Fault]]]
+    read: Callable[[DataConfig, Seen], Iterator[tuple[str, Example | Fault]]]
     """Each record, or what is wrong with it, with its place for people."""
     reword: Callable[[Example, float], Example] | None = None
     """The same record with a wording that no training record has, by a number in [0, 1)."""

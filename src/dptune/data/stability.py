@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from dptune.config.checks import check_unit
 from dptune.config.schema import EMBEDDED_DATA, Config, ConfigError, DataConfig, is_public
 from dptune.data.subsets import mixture
 
@@ -33,6 +34,8 @@ class Rule:
     """What to do where there is no bound: the field, the reason and the remedy."""
     held_out: float = 1
     """At most so many rows of the validation and test splits differ for one record."""
+    several: bool = False
+    """One record may be `data.examples_per_record` rows, wherever they are."""
 
 
 def _counts_are_public(config: Config) -> bool:
@@ -56,14 +59,45 @@ def _known(config: Config) -> bool:
 STABILITY: Mapping[str, Rule] = {
     "reading": Rule(
         (
-            *("readers.DataError", "readers.Fault", "readers.Part", "readers.parts", "readers._files", "readers._kind"),
+            *("readers.DataError", "readers.Fault", "readers.Part", "readers.parts", "readers._files"),
             *("readers._opened", "readers._lines", "readers._jsonl", "readers._json_row", "readers._json"),
             *("readers._end", "readers._csv", "readers._parquet", "readers._hub", "readers._saved"),
-            *("readers._datasets", "readers._splits", "readers._one_line"),
+            *(
+                "readers._datasets",
+                "readers._splits",
+                "readers._of_dataset",
+                "readers._one_line",
+                "readers._only_returns",
+            ),
+            *("readers._continued", "readers._ended_by_returns", "readers._integer", "readers._end_of_brackets"),
+            *("readers._json_lines_or_object", "readers.rows_of", "readers.named_fields", "readers._tsv"),
+            *("readers._tab_row", "readers._is_whole", "readers._opens_a_quote", "readers._tab_fields"),
+            *("readers._unquoted", "readers._wanted", "readers.unpaired", "readers._object", "readers._rows"),
+            *("layouts.BadRow", "layouts.Seen", "layouts.laid_out", "layouts._alike", "layouts.layout_of"),
+            *("layouts.records", "layouts._count"),
         ),
     ),
+    "layout=conversations": Rule(
+        (
+            *("layouts.conversations", "layouts._prompt", "layouts._said", "layouts._turns", "layouts._role"),
+            *("layouts._text", "templates.spoken"),
+        ),
+        applies=lambda config: config.data.layout == "conversations",
+    ),
+    "layout=trees, instances": Rule(
+        ("layouts.trees", "layouts.instances", "layouts._drawn", "layouts._is_answered"),
+        applies=lambda config: config.data.layout in ("trees", "instances"),
+        several=True,
+    ),
+    "layout=articles": Rule(
+        ("layouts.articles",),
+        records=math.inf,
+        applies=lambda config: config.data.layout == "articles",
+        way_out="data.layout=articles: one article is in the examples of all of its questions, however many; make the "
+        "article the unit with privacy=user_els data.columns.user=title",
+    ),
     "layout=messages": Rule(
-        ("readers.messages",),
+        ("layouts.messages",),
         records=math.inf,
         applies=lambda config: config.data.layout == "messages",
         way_out="data.layout=messages: one message is in the examples of all of its replies, however many; make the "
@@ -72,7 +106,8 @@ STABILITY: Mapping[str, Rule] = {
     "columns, split by a hash": Rule(
         (
             *("mapping.BadRecord", "mapping.user_name", "mapping.ColumnMapping", "mapping._shared", "mapping._value"),
-            *("mapping._user", "mapping._text", "mapping._names", "sources._mapped"),
+            *("mapping._user", "mapping._text", "mapping._names", "sources._mapped", "mapping.MissingField"),
+            *("mapping._field", "mapping._has"),
         ),
     ),
     "bad and long records": Rule(("sources._checked", "sources.Skipped", "templates.token_counter")),
@@ -86,9 +121,10 @@ STABILITY: Mapping[str, Rule] = {
     ),
     "putting together": Rule(
         (
-            *("sources.load_dataset", "sources.Dataset", "sources.Source", "sources.public_examples"),
-            *("sources.words_of", "sources._training_subset", "subsets.uniform", "subsets.content"),
-            *("sketch.words", "sketch.Sketch", "sketch.marks_of", "sketch._hash"),
+            *("sources.load_dataset", "sources.check_splits", "sources.Dataset", "sources.Source"),
+            *("sources.public_examples", "sources.words_of", "sources._parts", "sources._training_subset"),
+            *("subsets.uniform", "subsets.content", "sketch.words", "sketch.Sketch", "sketch.marks_of"),
+            "sketch._hash",
             *("conditions.apply_to_training", "conditions.chosen"),
         ),
     ),
@@ -159,6 +195,7 @@ STABILITY: Mapping[str, Rule] = {
         (
             *("templates.prompt_of", "templates.plain", "templates.response_of", "templates.check_template"),
             "templates._rendered",
+            *("templates.pieces_of", "templates._chat_pieces", "templates._for_strict_templates"),
         ),
     ),
 }
@@ -182,20 +219,33 @@ class Stability:
         return 1 if math.isinf(self.records) else int(self.records)
 
 
-def stability_of(config: Config) -> Stability:
+def stability_of(config: Config, layout: str | None = None) -> Stability:
     """The stability of everything that a config does to its records before training.
+
+    Args:
+        config: the config.
+        layout: what the rows were seen to be, once they were read.
 
     Raises:
         ConfigError: when a private run on private data has no bound for its unit.
     """
+    if layout is not None:
+        config = replace(config, data=replace(config.data, layout=layout))
+        check_unit(config.privacy.unit, layout, config.data.columns.user)
     found = [rule for rule in STABILITY.values() if rule.applies(config)]
     per_user = config.privacy.unit != "example"
     if config.privacy.enabled and not is_public(config.data):
         for rule in found:
             if math.isinf(rule.users if per_user else rule.records):
                 raise ConfigError(rule.way_out)
+    several = config.data.examples_per_record if any(rule.several for rule in found) else 1
+    if several > 1 and config.privacy.score_noise_multiplier is not None:
+        raise ConfigError(
+            f"data.examples_per_record={several}: one record would move the score of privacy.score_noise_multiplier by "
+            "as many; set it to 1, or leave the score out"
+        )
     return Stability(
-        records=math.prod(rule.records for rule in found),
+        records=several * math.prod(rule.records for rule in found),
         users=math.prod(rule.users for rule in found),
         size="public" if declared_units(config) is None else "declared",
     )

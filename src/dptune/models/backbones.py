@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from dptune.config.schema import ConfigError, ModelConfig
 from dptune.data.batches import Architecture, InputFormat
-from dptune.models.embedded import folder_of
 from dptune.models.quantization import quantize
+from dptune.models.tokenizers import architecture_of, beginning_of, located, with_ends
 
 
 @dataclass(frozen=True)
@@ -55,44 +54,11 @@ def load_backbone(
     """
     check_device(device)
     transformers_logging.disable_progress_bar()
-    folder, name, where = _located(config, cache_dir)
+    folder, name, where = located(config, cache_dir)
     loaded = _read(folder.resolve(), name, where, precision, quantization)
     # The adapter is injected into the module tree, so that every run needs a tree of its own.
     model: torch.nn.Module = copy.deepcopy(loaded.model)
     return Backbone(model.to(torch.device(device)), loaded.tokenizer, loaded.fingerprint, loaded.layout)
-
-
-def _located(config: ModelConfig, cache_dir: Path) -> tuple[Path, str, str]:
-    """Folder of a backbone in Hugging Face format, its name, and for messages the setting that names it."""
-    if config.path is not None:
-        path, where = Path(config.path), f"model.path={config.path}"
-        if path.suffix == ".gguf":
-            from dptune.models.gguf import load_gguf
-
-            return load_gguf(path, cache_dir), path.stem, where
-        return path, path.resolve().name, where
-    if config.repo is not None:
-        return _downloaded(config), config.repo, f"model.repo={config.repo}"
-    return folder_of(config.name), config.name, f"model={config.name}"
-
-
-def _downloaded(config: ModelConfig) -> Path:
-    """The pinned snapshot of a model on the Hub, downloaded if the Hub's own cache does not hold it."""
-    try:
-        folder = snapshot_download(
-            str(config.repo),
-            revision=config.revision,
-            # Weights that cannot run code, and what the tokenizer needs; subfolders hold other formats of the same.
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
-            ignore_patterns=["*/*"],
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"model.repo={config.repo} cannot be read from the Hub ({reason}); with network, set HF_HUB_OFFLINE=0; "
-            "without, give a folder in Hugging Face format or a .gguf file as model.path"
-        ) from None
-    return Path(folder)
 
 
 @torch.no_grad()
@@ -134,12 +100,7 @@ def _read(folder: Path, name: str, where: str, precision: str, quantization: str
             f"{where} has no weights for {sorted(report['missing_keys'])[0]}: it was saved without its "
             "language-model head; take a checkpoint that has one"
         )
-    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
-        tokenizer.eos_token = tokenizer.sep_token
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{where}: the tokenizer has no end-of-sequence token; set one in its config")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with_ends(tokenizer, where)
     check_vocabulary(model, tokenizer, where)
     if architecture == "encoder" and tokenizer.mask_token_id is None:
         raise ConfigError(f"{where}: the tokenizer has no mask token, with which an encoder is asked")
@@ -177,15 +138,6 @@ CLASSES: dict[Architecture, Any] = {
 }
 
 
-def architecture_of(config: PretrainedConfig) -> Architecture:
-    """What kind of model a config describes; a masked language model is an encoder."""
-    if config.is_encoder_decoder:
-        return "encoder_decoder"
-    names = config.architectures or []
-    masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
-    return "encoder" if masked else "decoder"
-
-
 def input_format_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> InputFormat:
     """How a backbone reads an example."""
     architecture = architecture_of(model.config)
@@ -209,13 +161,6 @@ def input_format_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         begin=() if architecture == "encoder" else beginning_of(tokenizer),
         positions=positions_of(model.config),
     )
-
-
-def beginning_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that the tokenizer's own call puts before a text: Llama and Gemma begin with `<s>` or the like."""
-    called, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    count = next((at for at in range(len(called)) if called[at : at + len(bare)] == bare), 0)
-    return tuple(called[:count])
 
 
 def positions_of(config: PretrainedConfig) -> int | None:

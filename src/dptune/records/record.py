@@ -243,7 +243,8 @@ def guarantee_of(record: RunRecord, folder: Path, first_version: bool = False, *
         score_noise_multiplier=record.privacy.score_noise_multiplier
         or of_config("privacy").get("score_noise_multiplier"),
         copies=copies_in(of_config("data_sensitivity")),
-        conversations=of_config("data").get("layout") == "messages",
+        # Where the config leaves it open, what the files were seen to hold.
+        conversations=record.provenance.get("layout", of_config("data").get("layout")) == "messages",
         telemetry_is_shown=tracking.get("allow_private", False) and tracking.get("name") != "none",
         not_covered=tuple(record.privacy.not_covered),
         attempts=record.privacy.attempts,

@@ -40,7 +40,7 @@ def make_plan(config: Config, data: Dataset) -> PrivacyPlan:
             "map it with data.columns.user or set privacy.unit=example"
         )
     counted = len(users) if privacy.unit == "user_uls" else len(data.train)
-    stability, declared = stability_of(config), declared_units(config)
+    stability, declared = stability_of(config, data.seen.layout), declared_units(config)
     num_units = counted if declared is None else declared
     rows = stability.rows if privacy.unit == "example" else 1
     try:

@@ -28,6 +28,7 @@ from dptune.runs.setup import Setup
 
 def provenance(config: Config, setup: Setup, overrides: Sequence[str]) -> dict[str, Any]:
     """Where the numbers come from."""
+    seen = setup.data.seen.layout
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "overrides": list(overrides),
@@ -39,6 +40,7 @@ def provenance(config: Config, setup: Setup, overrides: Sequence[str]) -> dict[s
         "backbone": setup.backbone.fingerprint,
         "engine": setup.path.engine,
         "seed": config.environment.seed,
+        **({} if seen in (None, config.data.layout) else {"layout": seen}),
     }
 
 

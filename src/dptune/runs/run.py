@@ -130,6 +130,8 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
     ranks.broadcast(agreed.to_bytes())
     for note in setup.path.notes:
         folder.log(f"not used: {note}")
+    if setup.data.seen.layout not in (None, "records"):
+        folder.say(f"{'' if setup.data.public else 'NON_PRIVATE, for this terminal alone: '}{setup.data.seen}")
     if setup.data.skipped.count:
         # How many, and which, is known to the data's holder alone: it is neither in the record nor in the log.
         folder.say(f"{setup.data.skipped.count} records were skipped: {folder.path / SKIPPED_FILE}")

@@ -15,7 +15,7 @@ from dptune.data.encoding import Cuts, Encoded, cuts, encode_examples
 from dptune.data.schema import Example
 from dptune.data.sources import Dataset, public_examples
 from dptune.data.sources import load_dataset as load_data
-from dptune.data.templates import check_template, token_counter
+from dptune.data.templates import check_template, prompt_of, token_counter
 from dptune.evaluation import SHORTEST
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
@@ -56,6 +56,7 @@ def set_up(config: Config, identity: str) -> Setup:
     check_free_form(backbone, data)
     check_length(config, backbone)
     check_template(backbone.tokenizer, config.data.template)
+    check_conversations(data, backbone, config.data.template)
     seed = config.environment.seed
     # Initialisation is public and depends on the seed alone, so that methods start from the same point.
     start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
@@ -103,6 +104,14 @@ def check_free_form(backbone: Backbone, data: Dataset) -> None:
             f"an encoder cannot write, and {', '.join(free)} has no options to rank: leave it out with data.tasks=[...]"
             " or choose a decoder"
         )
+
+
+def check_conversations(data: Dataset, backbone: Backbone, template: str) -> None:
+    """Raises ConfigError when the chat template cannot render one of the conversations."""
+    if template != "plain":
+        for example in (*data.train, *data.validation, *data.test):
+            if example.turns:
+                prompt_of(example, backbone.tokenizer, template)
 
 
 def check_length(config: Config, backbone: Backbone) -> None:
