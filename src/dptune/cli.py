@@ -153,6 +153,25 @@ def budget(argv: list[str]) -> None:
     print(budget.describe(budget.accounts_of(config)))
 
 
+def public(argv: list[str]) -> None:
+    """`dptune public [group=choice ...] [key=value ...]`: make the start of an adapter from public data alone.
+
+    Raises:
+        ConfigError: when the config asks for none, or cannot be read.
+    """
+    if words := [item for item in argv if "=" not in item]:
+        raise ConfigError(f"public {' '.join(words)}: give key=value only, such as public=joint model=nano")
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        config = strict(hydra.compose("config", overrides=argv))
+    if config.public.method == "none":
+        raise ConfigError("public=none makes nothing: choose public=joint, public=meta or public=joint_meta")
+    from dptune.runs.setup import make_start
+
+    with Display() as display:
+        start = make_start(config, partial(display.say, error=True))
+    print(f"{start.folder}  {start.in_words}", flush=True)
+
+
 def overview() -> str:
     """What `dptune --help` prints: commands, groups with their choices, sweeps."""
     lines = ["dptune: differentially private, parameter-efficient fine-tuning of language models on instructions", ""]
@@ -325,6 +344,14 @@ VERBS = {
         "One account for each data set and unit of privacy, over all output folders of this machine; the file is\n"
         "budget.jsonl in $DPTUNE_HOME (else ~/.local/state/dptune). With arguments, such as data=files\n"
         "data.path=FILE, only that of their data. privacy.budget=EPSILON refuses a run that would exceed it.",
+    ),
+    "public": Verb(
+        public,
+        "[group=choice ...] [key=value ...]",
+        "makes the start of an adapter from public data alone",
+        "What a run with the same arguments starts from, such as dptune public public=joint_meta model=nano. It is made\n"
+        "once, kept in compute.cache_dir and shared by all runs that ask for it; public.data says of which sources. The\n"
+        "run's own data are read only to refuse public records that are among them.",
     ),
     "sync": Verb(
         sync, FILTERS, "uploads finished records to W&B, each once", FILTERED + "tracking.project=NAME: where to."

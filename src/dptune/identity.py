@@ -11,7 +11,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dptune.config.files import data_files
-from dptune.config.schema import CHECKSUMS, EMBEDDED, EMBEDDED_DATA, SHIPPED, Config, ConfigError, has_plain_hashes
+from dptune.config.schema import (
+    CHECKSUMS,
+    EMBEDDED,
+    EMBEDDED_DATA,
+    SHIPPED,
+    Config,
+    ConfigError,
+    DataConfig,
+    has_plain_hashes,
+    public_sources,
+)
 from dptune.records.files import write_once
 
 NOT_IDENTITY = ("compute", "tracking", "method", "sweep")
@@ -48,12 +58,26 @@ def run_id(config: Config) -> str:
         identity["model"] |= {"path": content_hash(Path(config.model.path)), "repo": None, "revision": None}
     elif config.model.repo is None and config.model.name in EMBEDDED:
         identity["model"]["path"] = content_hash(SHIPPED / config.model.name / CHECKSUMS)
+    output_root = Path(config.compute.output_root)
     if config.data.path is not None:
-        contents = [content_hash(file) for file in data_files(config.data.path)]
-        key = b"" if has_plain_hashes(config.data) else local_key(Path(config.compute.output_root))
-        identity["data"]["path"] = keyed_hash(key, contents)
+        identity["data"]["path"] = _files_hash(config.data, output_root)
+    if config.public.method == "none":
+        del identity["public"]  # Runs from before it keep their names.
+    else:
+        sources = public_sources(config.public)
+        identity["public"]["data"] = {
+            name: dataclasses.asdict(source) | {"path": source.path and _files_hash(source, output_root)}
+            for name, source in sources.items()
+        }
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _files_hash(data: DataConfig, output_root: Path) -> str:
+    """Hash of the files of a source, keyed unless everybody may know them."""
+    assert data.path is not None
+    key = b"" if has_plain_hashes(data) else local_key(output_root)
+    return keyed_hash(key, [content_hash(file) for file in data_files(data.path)])
 
 
 def selects_by_content(config: Config) -> bool:
@@ -97,7 +121,8 @@ def keep_local_key(config: Config) -> bool:
         Whether another process was faster, so that names that this one has given already no longer hold.
     """
     output_root = Path(config.compute.output_root)
-    return not has_plain_hashes(config.data) and local_key(output_root) != kept_key(output_root)
+    keyed = not all(map(has_plain_hashes, (config.data, *public_sources(config.public).values())))
+    return keyed and local_key(output_root) != kept_key(output_root)
 
 
 @functools.cache

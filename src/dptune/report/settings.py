@@ -58,8 +58,10 @@ class Setting:
 
     @cached_property
     def arm(self) -> str:
-        """Its method: the name it was asked for by, or adapter and privacy setting."""
-        return self.value("method") or f"{self.value('config.adapter.name')} + {self.value('config.privacy.name')}"
+        """Its method: the name it was asked for by, or adapter and privacy setting; and the start from public data."""
+        own = self.value("method") or f"{self.value('config.adapter.name')} + {self.value('config.privacy.name')}"
+        start = self.value("config.public.method")
+        return own if start in (None, "none") else f"{own} from public {start}"
 
     @property
     def private(self) -> bool:

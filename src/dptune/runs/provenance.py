@@ -39,6 +39,7 @@ def provenance(config: Config, setup: Setup, overrides: Sequence[str]) -> dict[s
         "backbone": setup.backbone.fingerprint,
         "engine": setup.path.engine,
         "seed": config.environment.seed,
+        **({} if setup.start is None else {"public": setup.start.to_dict()}),
     }
 
 
