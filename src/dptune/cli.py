@@ -349,9 +349,9 @@ VERBS = {
         public,
         "[group=choice ...] [key=value ...]",
         "makes the start of an adapter from public data alone",
-        "What a run with the same arguments starts from, such as dptune public public=joint_meta model=nano. It is made\n"
-        "once, kept in compute.cache_dir and shared by all runs that ask for it; public.data says of which sources. The\n"
-        "run's own data are read only to refuse public records that are among them.",
+        "What a run with the same arguments starts from: dptune public public=joint_meta model=nano. It is made once,\n"
+        "kept in compute.cache_dir and shared by all runs that ask for it; public.data names other sources. The run's\n"
+        "own data are read only to refuse public records that are among them.",
     ),
     "sync": Verb(
         sync, FILTERS, "uploads finished records to W&B, each once", FILTERED + "tracking.project=NAME: where to."

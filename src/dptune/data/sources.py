@@ -186,7 +186,7 @@ class StartSource:
         """Where they are from, for people; of a file its name, not its place."""
         data, variant = self.data, EMBEDDED_DATA.get(self.data.name)
         if variant is not None:
-            return f"{data.name} ({variant} {getattr(data, variant)})"
+            return f"{data.name} {getattr(data, variant)}"
         return data.hub_id or data.name if data.path is None else Path(data.path).name
 
     @property

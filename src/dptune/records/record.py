@@ -191,7 +191,8 @@ class RunRecord:
     """What it cost; null of private data."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of a
-    start from public data, `public` says how it was made of which records. Of what a search released, `repetitions` says how many trials it may have had and what each may have cost."""
+    start from public data, `public` says how it was made of which records. Of what a search released, `repetitions`
+    says how many trials it may have had and what each may have cost."""
     error: str | None = None
     """One line, when failed; the traceback is in run.log."""
     schema_version: int = SCHEMA_VERSION

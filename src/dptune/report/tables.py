@@ -408,7 +408,8 @@ def public_cell(row: Row) -> Cell:
     if records := setting.value("provenance.public.records"):
         return Cell(f"{records:,.0f} ({setting.value('config.public.method')})", float(records))
     if setting.value("config.privacy.projection") == "public":
-        return Cell("for the subspace", math.nan)
+        used = 4 * int(setting.value("config.privacy.projection_dimension"))
+        return Cell(f"{used} (subspace)", float(used))
     return Cell("none")
 
 
