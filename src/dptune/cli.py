@@ -375,6 +375,8 @@ def in_one_line(error: Exception) -> str:
         return unknown_choice(f"{group}={choice}", choice, group, choices)
     if "Could not load 'hydra/launcher/submitit_slurm'" in text:
         return needs("slurm", "hydra/launcher=slurm")
+    if match := re.search(r"Error merging override \+?public\.data\.(\w+)\.", text):
+        return f"public.data.{match[1]}: name the source first, as in +data@public.data.{match[1]}=files"
     if text.startswith("Error merging override") and error.__cause__ is not None:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).partition(chr(10))[0]}"
     return " ".join(text.split())

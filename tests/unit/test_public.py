@@ -358,7 +358,6 @@ def test_the_command_makes_the_start_that_a_run_uses(tmp_path: Path, capsys: pyt
     config = small(tmp_path, public__method="joint", public__data={})
     arguments = [f"compute.cache_dir={tmp_path}/cache", f"compute.output_root={tmp_path}/outputs", "public=joint"]
     arguments += [f"{name}={value}" for name, value in SMALL.items() if name not in ("public.method", "public.data")]
-    arguments[-1:] = [arguments[-1].replace("model.name", "model")]
     main(["public", *(item.replace("model.name=", "model=") for item in arguments)])
     printed = capsys.readouterr().out
     assert printed.startswith(str(tmp_path / "cache" / "public")) and "16,000 public records" in printed
@@ -367,7 +366,12 @@ def test_the_command_makes_the_start_that_a_run_uses(tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "public=none makes nothing"), (["joint"], "give key=value only"), (["public=join"], "did you mean joint?")],
+    [
+        ([], "public=none makes nothing"),
+        (["joint"], "give key=value only"),
+        (["public=join"], "did you mean joint?"),
+        (["public=joint", "+public.data.mine.path=x"], "name the source first, as in +data@public.data.mine=files"),
+    ],
 )
 def test_the_command_without_a_method_says_what_to_choose(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

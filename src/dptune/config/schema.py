@@ -272,8 +272,8 @@ class PublicConfig:
     (arXiv:1803.02999) over the sources, so that the adapter learns to learn. `joint_meta`: one, then the other."""
     data: dict[str, DataConfig] = field(default_factory=dict)
     """Public sources by a name of yours, each as `data` has it; training records are taken. On a command line:
-    `+data@public.data.first=sst2`, or `+public.data.first.path=FILE`. Everybody may know them: nothing protects them.
-    Empty: the organisations that the embedded backbones were pretrained on, one source each."""
+    `+data@public.data.first=sst2 public.data.first.path=FILE`. Everybody may know them: nothing protects them. Empty:
+    the organisations that the embedded backbones were pretrained on, one source each."""
     steps: int = _number(1500, least=1)
     """Joint training: number of steps."""
     batch_size: int = _number(64, least=1)

@@ -271,7 +271,8 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
         method = columns["method"][row]
         words = [method] if method and len(set(content["method"])) > 1 else []
         words += [
-            f"{name.removeprefix('config.').removesuffix('.name').rpartition('.')[2]}={_said(columns[name][row])}"
+            f"{name.removeprefix('config.').removesuffix('.name').removesuffix('.method').rpartition('.')[2]}="
+            f"{_said(columns[name][row])}"
             for name, common in usual.items()
             if repr(columns[name][row]) != common and not _says_nothing(name, row, columns)
         ]
