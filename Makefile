@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .NOTPARALLEL:
-.PHONY: help setup lock anew sweep status table tables figures claims report notebooks sample backbones sweeps-readme test test-all test-isa mutate check format clean smollm2 sync workspace
+.PHONY: help setup lock anew sweep status table tables figures claims report notebooks sample backbones architectures sweeps-readme test test-all test-isa mutate check format clean smollm2 sync workspace
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -72,6 +72,9 @@ sample: $(call layer) ## Make the sample records of analysis/sample again
 
 backbones: $(call layer) ## Pretrain the embedded backbones again (four minutes) and say how far they are from the shipped ones
 	@$(BIN)/python -m dptune.runs.pretraining $(ARGS)
+
+architectures: $(call layer,test) ## Write the table of src/dptune/models/README.md: what is trained and opened again, on which architectures
+	@$(BIN)/python tests/architectures.py
 
 sweeps-readme: $(call layer) ## Write the table of sweeps/README.md from the headers of the sweep files
 	@$(BIN)/python -m dptune.sweeps.readme

@@ -22,14 +22,14 @@ BERT = {
 
 
 def seeded(kind: str, seed: int, **settings: Any) -> PreTrainedModel:
-    """A random model of a transformers class with `ForCausalLM` or the like; its config has the same stem."""
+    """A random model of a transformers class."""
     import torch
     import transformers
 
-    stem = kind.partition("For")[0].removesuffix("LMHeadModel")
+    made = getattr(transformers, kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(transformers, kind)(getattr(transformers, f"{stem}Config")(**settings)).eval()
+        return made(made.config_class(**settings)).eval()
 
 
 def tiny_llama(seed: int = 0) -> PreTrainedModel:

@@ -46,6 +46,11 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of a few hundred tokens."""
+    return make_tokenizer()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The same, for what is no test."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

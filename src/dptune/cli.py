@@ -172,6 +172,13 @@ def public(argv: list[str]) -> None:
     print(f"{start.folder}  {start.in_words}", flush=True)
 
 
+def merge(argv: list[str]) -> None:
+    """`dptune merge RUN [to=FOLDER]`: backbone and adapter of a run as one model."""
+    from dptune.runs import merging
+
+    merging.merge(argv)
+
+
 def overview() -> str:
     """What `dptune --help` prints: commands, groups with their choices, sweeps."""
     lines = ["dptune: differentially private, parameter-efficient fine-tuning of language models on instructions", ""]
@@ -352,6 +359,13 @@ VERBS = {
         "What a run with the same arguments starts from: dptune public public=joint_meta model=nano. It is made once,\n"
         "kept in compute.cache_dir and shared by all runs that ask for it; public.data names other sources. The run's\n"
         "own data are read only to refuse public records that are among them.",
+    ),
+    "merge": Verb(
+        merge,
+        "RUN [to=FOLDER] [key=value ...]",
+        "writes backbone and adapter of a finished run as one model",
+        "RUN is a run id, below compute.output_root=outputs, or the folder of a run. The model, in safetensors, lands\n"
+        "in its folder merged/, or in to=FOLDER; it is opened again and compared with the adapter before it is there.",
     ),
     "sync": Verb(
         sync, FILTERS, "uploads finished records to W&B, each once", FILTERED + "tracking.project=NAME: where to."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dptune.data.batches import Ladder, collate, collate_prompts, physical_batches, token_log_probabilities
-from dptune.data.encoding import Encoded, encode
+from dptune.data.encoding import Encoded, encode, encode_prompts
 from dptune.data.schema import Example
 from dptune.data.templates import prompt_of, response_of
 from dptune.records.record import Metrics
@@ -104,6 +104,7 @@ class Evaluator:
             ],
             self.tokenizer,
             self.ladder.longest,
+            self.ladder.layout.beginning(self.template),
         )
         best: dict[int, tuple[float, str]] = {}
         losses: dict[int, float] = {}
@@ -148,14 +149,12 @@ class Evaluator:
             return []  # The tokenizer does not take an empty list.
         layout, longest = self.ladder.layout, self.ladder.longest
         texts = [prompt_of(example, self.tokenizer, self.template) for example in examples]
-        tokens: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if layout.architecture == "decoder" and positions is not None:
-            # What is written takes positions after the prompt, and learned positions end.
-            longest = min(longest, max(positions - self.max_new_tokens, 1))
+        if layout.architecture == "decoder" and layout.positions is not None:
+            # What is written takes positions after the prompt, and a soft prompt those before it.
+            taken = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0) + self.max_new_tokens
+            longest = min(longest, max(layout.positions - taken, 1))
         ladder = dataclasses.replace(self.ladder, longest=longest)
-        # A row without a response is a prompt.
-        rows = [Encoded(tuple(row[-longest:]), 0) for row in tokens]
+        rows = encode_prompts(texts, self.tokenizer, longest, layout.beginning(self.template))
         outputs = [""] * len(rows)
         device = next(model.parameters()).device
         for piece in physical_batches(rows, ladder):

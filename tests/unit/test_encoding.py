@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from dptune.data.batches import (
     physical_batches,
     token_log_probabilities,
 )
-from dptune.data.encoding import Encoded, encode
+from dptune.data.encoding import Cuts, Encoded, cuts, encode, encode_prompts
+from dptune.data.schema import Example
 from dptune.data.templates import plain as prompt
 
 pytestmark = pytest.mark.numerical
@@ -45,6 +47,52 @@ def test_a_long_prompt_is_cut_from_the_left_and_a_long_response_from_the_right(t
     assert cut.tokens == whole.tokens[-12:] and cut.response == whole.response
     only = encode([("abc", "klmnopqrst" * 3)], tokenizer, 12)[0]
     assert len(only.tokens) == 12 and only.response == 11
+
+
+def test_what_begins_a_text_stands_before_each_prompt_once_and_is_never_cut_away(tokenizer) -> None:
+    begin = (7, 8)
+    bare, begun = encode(PAIRS, tokenizer, 64), encode(PAIRS, tokenizer, 64, begin)
+    assert [row.tokens for row in begun] == [(*begin, *row.tokens) for row in bare]
+    assert [row.response for row in begun] == [row.response for row in bare]
+    for pair in (("abcdefghij" * 3, "no"), ("abc", "klmnopqrst" * 3)):
+        (row,) = encode([pair], tokenizer, 12, begin)
+        assert len(row.tokens) == 12 and row.tokens[:2] == begin
+    prompts = [head for head, _ in PAIRS]
+    assert [row.tokens for row in encode_prompts(prompts, tokenizer, 64, begin)] == [
+        row.tokens[: -row.response] for row in begun
+    ]
+    # A prompt that brings it along has it once.
+    first = tuple(tokenizer("which")["input_ids"][:2])
+    assert encode([("which", "no")], tokenizer, 64, first) == encode([("which", "no")], tokenizer, 64)
+
+
+def example(instruction: str, text: str, *options: str) -> Example:
+    return Example("task", instruction, text, options or None, options[0] if options else "no", None, "train")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (example("is it ?", "x", "yes", "no"), Cuts(1)),
+        (example("is it ?", "late " * 30, "yes", "no"), Cuts(1, cut=1, no_instruction=1)),
+        (example("w" * 40, "late", "yes", "no"), Cuts(1, cut=1)),
+        (example("is it ?", "x", "z" * 60 + "a", "z" * 60 + "b"), Cuts(1, cut=1, few_tokens=1, same_options=1)),
+        (example("is it ?", "x", "z" * 60 + "a", "z" * 60 + "a", "no"), Cuts(1, cut=1, few_tokens=1)),
+        (example("is it ?", "x", "a" + "z" * 60, "b" + "z" * 60), Cuts(1, cut=1, few_tokens=1)),
+    ],
+)
+def test_what_is_cut_off_is_counted(tokenizer, record: Example, expected: Cuts) -> None:
+    found = cuts([record], tokenizer, 32)
+    assert dataclasses.replace(found, no_instruction=expected.no_instruction) == expected
+    assert found.no_instruction >= expected.no_instruction
+    assert cuts([record] * 3, tokenizer, 32).cut == 3 * expected.cut and cuts([], tokenizer, 32) == Cuts()
+
+
+def test_cuts_are_said_in_one_line_and_nothing_is_said_of_none(tokenizer) -> None:
+    assert cuts([example("is it ?", "x", "yes", "no")], tokenizer, 32).in_words(32) is None
+    said = Cuts(9, cut=4, no_instruction=1, same_options=2).in_words(32)
+    assert said is not None and said.startswith("environment.sequence_length=32: 4 of 9 records are cut; 1 lose")
+    assert "2 have options that are equal" in said and "tokens of their prompt" not in said
 
 
 def test_a_batch_is_padded_on_the_right(tokenizer) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -158,5 +159,6 @@ def test_text_metrics_are_macro_averages_over_free_form_tasks() -> None:
 def test_a_long_prompt_leaves_room_for_the_answer(tokenizer) -> None:
     model = tiny_gpt2().eval()
     long = Example("place", "describe", "the cat and the dog " * 20, None, "x", None, "test")
-    assert len(tokenizer(long.input).input_ids) > model.config.n_positions
-    assert isinstance(greedy(model, tokenizer, [long], LAYOUT, 512, 1, 100)[0], str)
+    layout = dataclasses.replace(LAYOUT, positions=model.config.n_positions)
+    assert layout.positions is not None and len(tokenizer(long.input).input_ids) > layout.positions
+    assert isinstance(greedy(model, tokenizer, [long], layout, 512, 1, 100)[0], str)

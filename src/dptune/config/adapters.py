@@ -26,6 +26,8 @@ class AdapterKind:
     """Whether `target_modules` and `top_layers` say where it is."""
     top_only: bool = False
     """Whether only `top_layers` says where it is."""
+    virtual: bool = False
+    """Whether `virtual_tokens` positions before the text are its own."""
     own_weights: bool = False
     """Whether it trains the backbone's own parameters, which must be float32 then."""
     changes_matrices: bool = False
@@ -47,9 +49,9 @@ ADAPTERS: Mapping[str, AdapterKind] = {
     "oft": AdapterKind("peft_adapters.oft", impossible=LINEAR_ONLY),
     "boft": AdapterKind("peft_adapters.boft", impossible=LINEAR_ONLY),
     "fourierft": AdapterKind("peft_adapters.fourierft"),
-    "prompt": AdapterKind("peft_adapters.prompt", unchanged=False, placed=False),
-    "p_tuning": AdapterKind("peft_adapters.p_tuning", unchanged=False, placed=False),
-    "prefix": AdapterKind("peft_adapters.prefix", unchanged=False, placed=False),
+    "prompt": AdapterKind("peft_adapters.prompt", unchanged=False, placed=False, virtual=True),
+    "p_tuning": AdapterKind("peft_adapters.p_tuning", unchanged=False, placed=False, virtual=True),
+    "prefix": AdapterKind("peft_adapters.prefix", unchanged=False, placed=False, virtual=True),
     "houlsby": AdapterKind("own_adapters.houlsby", engine="hooks", top_only=True),
     "pfeiffer": AdapterKind("own_adapters.pfeiffer", engine="hooks", top_only=True),
     "parallel": AdapterKind("own_adapters.parallel", engine="hooks", top_only=True),

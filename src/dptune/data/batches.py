@@ -55,6 +55,11 @@ class InputFormat:
     """First token that the decoder of an encoder-decoder reads."""
     first_position: int | None = 0
     """Number of the first position; None for a backbone that takes no position ids."""
+    begin: tuple[int, ...] = ()
+    """Tokens that the tokenizer's own call puts before a text, and that the backbone was trained with; what stands in
+    `prefix` is not repeated here."""
+    positions: int | None = None
+    """How many positions there are; None without an end."""
 
     @property
     def extra(self) -> int:
@@ -63,6 +68,20 @@ class InputFormat:
         The last one is padding in every row: to a batch without any, a backbone that masks would give other kernels.
         """
         return {"decoder": 0, "encoder": len(self.prefix) + 1, "encoder_decoder": 2}[self.architecture]
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a row that its positions last for; None without an end."""
+        if self.positions is None:
+            return None
+        if self.architecture != "encoder":
+            return self.positions - self.extra
+        # Position ids that are given stop before the column that no row fills.
+        return self.positions - (self.extra if self.first_position is None else len(self.prefix) + self.first_position)
+
+    def beginning(self, template: str) -> tuple[int, ...]:
+        """Tokens before a prompt; a chat template writes its own."""
+        return self.begin if template == "plain" else ()
 
     def width_of(self, row: Encoded) -> int:
         """Columns of the input that a row needs."""

@@ -157,7 +157,12 @@ STABILITY: Mapping[str, Rule] = {
             *("supportdesk.is_held_out", "supportdesk.held_out"),
         ),
     ),
-    "prompts": Rule(("templates.prompt_of", "templates.plain", "templates.response_of")),
+    "prompts": Rule(
+        (
+            *("templates.prompt_of", "templates.plain", "templates.response_of", "templates.check_template"),
+            "templates._rendered",
+        ),
+    ),
 }
 """What is done to records and how stable it is. Of a composition, the stability is at most the product."""
 

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -21,6 +21,9 @@ from dptune.models import own_adapters, peft_adapters
 from dptune.models.layers import check_rows_are_independent, model_type_of
 from dptune.models.quantization import quantized_layers, refuse_merging
 from dptune.records.record import Parameters
+
+REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError)
+"""What libraries raise when backbone, adapter and engine do not go together."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,19 @@ def attach(model: torch.nn.Module, config: AdapterConfig, *, rank: int, steps: i
     _check_model(config, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted: torch.nn.Module = put_on(model.requires_grad_(False), config, rank, steps)
+        try:
+            adapted: torch.nn.Module = put_on(model.requires_grad_(False), config, rank, steps)
+        except ConfigError:
+            raise
+        except REFUSALS as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(
+                f"adapter={config.name} cannot be put on a backbone of type {model.config.model_type}: {reason}"  # type: ignore[union-attr]
+            ) from error
     for parameter in trainable_parameters(adapted).values():
         parameter.data = parameter.data.float()
+    if isinstance(adapted, PeftModel):
+        peft_adapters.refuse_merging_ties(adapted)
     refuse_merging(adapted)
     adapted.attached = Attached(config, rank, steps)  # type: ignore[assignment]  # not a submodule
     set_modes(adapted)
@@ -124,11 +137,16 @@ def save(model: torch.nn.Module, folder: Path) -> None:
     PEFT's adapters are written as `PeftModel.from_pretrained` opens them, the others as safetensors. `load_adapter`
     opens both.
     """
-    if isinstance(model, PeftModel):
-        peft_adapters.save(model, folder)
+    if is_peft(model):
+        peft_adapters.save(cast(PeftModel, model), folder)
     else:
         attached = _attached(model)
         own_adapters.save(model, attached.config, attached.rank, attached.steps, folder)
+
+
+def is_peft(model: torch.nn.Module) -> bool:
+    """Whether PEFT opens what `save` writes of it."""
+    return isinstance(model, PeftModel)
 
 
 def load_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:

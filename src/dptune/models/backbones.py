@@ -140,6 +140,7 @@ def _read(folder: Path, name: str, where: str, precision: str, quantization: str
         raise ConfigError(f"{where}: the tokenizer has no end-of-sequence token; set one in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_vocabulary(model, tokenizer, where)
     if architecture == "encoder" and tokenizer.mask_token_id is None:
         raise ConfigError(f"{where}: the tokenizer has no mask token, with which an encoder is asked")
     # An adapter is made to be passed on: PEFT writes this name into it, and it must not be a path of this machine.
@@ -154,8 +155,19 @@ def _read(folder: Path, name: str, where: str, precision: str, quantization: str
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return Backbone(model, tokenizer, digest.hexdigest()[:16], input_format_of(model, tokenizer))
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises ConfigError when the tokenizer has tokens that the backbone has no embedding for."""
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= rows:
+        raise ConfigError(
+            f"{where}: the tokenizer goes up to token {number} ({token!r}) and the backbone has {rows} embeddings; "
+            f"take the tokenizer that belongs to it, or save it after model.resize_token_embeddings({number + 1})"
+        )
 
 
 CLASSES: dict[Architecture, Any] = {
@@ -185,12 +197,33 @@ def input_format_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         table = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
         padding = getattr(table[0], "padding_idx", None) if table else None
         positions = 0 if padding is None else padding + 1
+    prefix = (tokenizer.cls_token_id,) if architecture == "encoder" and tokenizer.cls_token_id is not None else ()
     return InputFormat(
         pad=tokenizer.pad_token_id,
         architecture=architecture,
-        prefix=(tokenizer.cls_token_id,) if architecture == "encoder" and tokenizer.cls_token_id is not None else (),
+        prefix=prefix,
         end=tokenizer.eos_token_id,
         mask=tokenizer.mask_token_id,
         start=model.config.decoder_start_token_id if architecture == "encoder_decoder" else None,
         first_position=positions,
+        begin=() if architecture == "encoder" else beginning_of(tokenizer),
+        positions=positions_of(model.config),
     )
+
+
+def beginning_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that the tokenizer's own call puts before a text: Llama and Gemma begin with `<s>` or the like."""
+    called, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    count = next((at for at in range(len(called)) if called[at : at + len(bare)] == bare), 0)
+    return tuple(called[:count])
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Number of positions that a backbone has, or was trained with; None without an end, as T5 and Mamba are."""
+    found = [getattr(config, name, None) for name in POSITIONS]
+    known = [value for value in found if isinstance(value, int) and value > 0]
+    return min(known, default=None)
+
+
+POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
+"""Fields of a config; `n_positions` is the first one under another name."""

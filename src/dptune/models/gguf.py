@@ -1,6 +1,7 @@
 """Backbones from GGUF files, the format of llama.cpp: dequantised once, then read like any other folder."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,11 @@ def _convert(path: Path, folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _drop_tokens_beyond(folder / "tokenizer.json", config.vocab_size)
+
+
+def _drop_tokens_beyond(path: Path, rows: int) -> None:
+    """Take out the tokens that transformers adds to those of the file, and that have no embedding."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

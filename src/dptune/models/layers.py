@@ -38,11 +38,19 @@ def check_rows_are_independent(model: torch.nn.Module) -> None:
                 "clipped; choose a backbone with layer norm or group norm"
             )
     config: Any = getattr(model, "config", None)
+    dense = getattr(config, "num_local_experts", None) == 0  # Granite 4 keeps the coefficient all the same.
     for field, harmless in (("num_experts", 1), ("num_local_experts", 1), ("router_aux_loss_coef", 0)):
-        if (getattr(config, field, None) or 0) > harmless:
+        if not dense and (getattr(config, field, None) or 0) > harmless:
             raise ConfigError(
                 f"model: {field}={getattr(config, field)} is a mixture of experts, whose balance couples the records "
                 "of a batch; choose a dense backbone"
+            )
+    for name, module in model.named_modules():
+        # Not the whole model, which may be called after experts and have none (Granite 4).
+        if re.search(r"(Experts|MoE|Moe|MoeBlock|SparseMLP)$", type(module).__name__):
+            raise ConfigError(
+                f"model: {name or type(module).__name__} is a mixture of experts, whose balance couples the records of "
+                "a batch; choose a dense backbone"
             )
 
 
@@ -78,6 +86,67 @@ def linear_layers(model: torch.nn.Module) -> Layers:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
+
+
+def trainable_layers(model: Any, config: AdapterConfig) -> Layers:
+    """The linear layers that are asked for, of those that the logits depend on.
+
+    A pooler, a global attention that nothing asks for or a head for another task would be trained for nothing, and
+    PEFT refuses those that fused kernels go round.
+
+    Raises:
+        ConfigError: when none is left.
+    """
+    skipped = BYPASSED if model.config.model_type in STATE_SPACES else ()
+    layers = {name: layer for name, layer in linear_layers(model).items() if not name.endswith(skipped)}
+    return used(model, chosen(model, layers, config))
+
+
+STATE_SPACES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Model types whose kernels read the weights of `BYPASSED` layers without calling them."""
+BYPASSED = (".out_proj", ".conv1d")
+
+
+def used(model: Any, layers: Layers) -> Layers:
+    """Those of `layers` that the logits of a few tokens depend on.
+
+    Raises:
+        ConfigError: when there is none, or the backbone cannot read a few tokens.
+    """
+    marks: dict[str, torch.Tensor] = {}
+
+    def mark(name: str) -> Any:
+        def hook(layer: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            marks[name] = marks.get(name, torch.zeros((), device=output.device, requires_grad=True))
+            return output + marks[name].to(output.dtype)
+
+        return hook
+
+    tokens = torch.tensor([[5, 6, 7, 8]], device=next(model.parameters()).device)
+    inputs: dict[str, Any] = {} if model_type_of(model) == "encoder" else {"use_cache": False}
+    if model_type_of(model) == "encoder_decoder":
+        inputs["decoder_input_ids"] = tokens
+    handles = [layer.register_forward_hook(mark(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=tokens, **inputs).logits
+            total = logits.float().sum()
+            gradients = torch.autograd.grad(total, list(marks.values()), allow_unused=True) if marks else ()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model: a backbone of type {model.config.model_type} cannot read four tokens ({reason}); choose another"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    reached = {name for name, gradient in zip(marks, gradients, strict=True) if gradient is not None}
+    if not reached:
+        raise ConfigError(
+            f"adapter.target_modules: the logits do not depend on {next(iter(layers))}, nor on another layer that is "
+            "asked for; choose others, or null"
+        )
+    return {name: layer for name, layer in layers.items() if name in reached}
 
 
 def norms(model: torch.nn.Module) -> Layers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import warnings
 from collections import OrderedDict
@@ -16,6 +18,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.boft import layer as boft_layer
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
 from dptune.config.schema import AdapterConfig, ConfigError
 from dptune.models.layers import (
@@ -23,12 +26,12 @@ from dptune.models.layers import (
     check_rank,
     chosen,
     input_embeddings,
-    linear_layers,
     matching,
     model_type_of,
     norms,
     output_head,
     sublayers,
+    trainable_layers,
     widths,
 )
 from dptune.models.soft_prompts import SoftPromptModel, attach_soft_prompt
@@ -129,7 +132,7 @@ def reallocate(model: torch.nn.Module, step: int, released: Mapping[str, torch.T
 def vera(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
     """VeRA (arXiv:2310.11454): random factors that all layers share; two scaling vectors of each layer are trained."""
     # A rank above the widths is usual here: the factors are not trained.
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     return _wrap(model, layers, peft.VeraConfig, r=rank, projection_prng_key=_seed(), save_projection=True)
 
 
@@ -166,19 +169,19 @@ class PlainLoHaLinear(LoHaLinear):
 
 def lokr(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
     """LoKr (arXiv:2309.14859): a Kronecker product, whose larger factor has low rank if that is smaller."""
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     return _wrap(model, layers, peft.LoKrConfig, r=rank, alpha=config.alpha)
 
 
 def oft(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
     """OFT (arXiv:2306.07280): rotates blocks of each layer's inputs; see `block_size`."""
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     return _wrap(model, layers, peft.OFTConfig, r=0, oft_block_size=block_size(layers, rank))
 
 
 def boft(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:
     """BOFT (arXiv:2311.06243) with one butterfly factor: block rotations and a scale of each output."""
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     return _wrap(model, layers, peft.BOFTConfig, boft_block_size=block_size(layers, rank), boft_n_butterfly_factor=1)
 
 
@@ -262,6 +265,56 @@ def save(model: PeftModel, folder: Path) -> None:
         )
     if pattern is not None:
         config.rank_pattern = pattern
+    if tied := tied_layers(model):
+        _untie(folder, tied)
+
+
+def tied_layers(model: PeftModel) -> Layers:
+    """Layers with an adapter whose frozen weight is that of another such layer, but for the first one of each weight.
+
+    PEFT merges into a weight in place: each of them would get what was learned for the others.
+    """
+    seen: set[int] = set()
+    found: Layers = {}
+    for name, layer in _backbone(model).named_modules():
+        if isinstance(layer, LoraLayer):
+            # A rounded layer has no parameter, and makes its weight anew at each use.
+            weight = dict(layer.get_base_layer().named_parameters(recurse=False)).get("weight")
+            if weight is not None and id(weight) in seen:
+                found[name] = cast(torch.nn.Module, layer)
+            seen.add(id(weight))
+    return found
+
+
+def refuse_merging_ties(model: PeftModel) -> None:
+    """Make PEFT's merge into a weight that layers with an adapter share an error; what `save` wrote can be merged."""
+
+    def refuse() -> None:
+        raise ValueError(
+            "embeddings and output head share one weight, into which the adapters of both cannot be merged; save the "
+            "adapter, which unties them, and merge what was saved (dptune merge)"
+        )
+
+    if tied_layers(model):
+        cast(Any, model.base_model)._check_merge_allowed = refuse
+
+
+@torch.no_grad()
+def _untie(folder: Path, tied: Layers) -> None:
+    """In a saved adapter, replace what was learned for tied layers by the whole layer, which PEFT keeps apart."""
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, config = load_file(weights), json.loads(settings.read_text(encoding="utf-8"))
+    for name, layer in tied.items():
+        prefix = f"base_model.model.{name}."
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{prefix}lora_")}
+        alone: Any = copy.deepcopy(layer)
+        alone.merge()
+        merged = alone.get_base_layer().state_dict()
+        tensors |= {f"{prefix}{key}": value.detach().cpu().contiguous().clone() for key, value in merged.items()}
+    config["target_modules"] = sorted(set(config["target_modules"]) - tied.keys())
+    config["modules_to_save"] = sorted(tied)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_peft_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
@@ -303,7 +356,7 @@ def quiet() -> Iterator[None]:
 
 
 def _linear(model: torch.nn.Module, config: AdapterConfig, rank: int) -> Layers:
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     check_rank(layers, rank)
     return layers
 
@@ -317,8 +370,17 @@ def _wrap(model: torch.nn.Module, layers: Layers, kind: Callable[..., PeftConfig
 def _soft_prompt(model: torch.nn.Module, kind: Callable[..., PeftConfig], **settings: Any) -> Any:
     # One prompt, before the encoder, where there are two stacks.
     settings["num_transformer_submodules"] = 1
+    # PEFT would take the hidden width; some backbones widen (or narrow) what they embed.
+    backbone = cast(Any, model)
+    settings["token_dim"] = backbone.get_input_embeddings().weight.shape[1]
+    if not HEADS & backbone.config.to_dict().keys():
+        settings["num_attention_heads"] = 1  # Asked for, and not used: a state space has none.
     with quiet():
         return attach_soft_prompt(model, kind(task_type=PROMPT_TASK_TYPES[model_type_of(model)], **settings))
+
+
+HEADS = {"num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"}
+"""Where PEFT looks for the number of heads."""
 
 
 def _seed() -> int:

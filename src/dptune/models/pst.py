@@ -10,7 +10,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from dptune.config.schema import AdapterConfig
-from dptune.models.layers import check_rank, chosen, linear_layers, replace, widths
+from dptune.models.layers import check_rank, replace, trainable_layers, widths
 
 INITIAL_HOLD, FINAL_HOLD = 0.1, 0.3
 """Shares of the steps before the first and after the last change of the sparsity."""
@@ -90,7 +90,7 @@ class PrunedLinear(torch.nn.Module):
 
 def pst(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> torch.nn.Module:
     """PST on the linear layers. U and A start random, V, B, R and C at zero, and every mask at ones."""
-    layers = chosen(model, linear_layers(model), config)
+    layers = trainable_layers(model, config)
     check_rank(layers, rank)
     for name, layer in layers.items():
         replace(model, name, PrunedLinear(layer, rank, steps=steps, sparsity=config.sparsity))

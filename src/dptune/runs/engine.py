@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from dptune.config.schema import Config, ConfigError
-from dptune.data.batches import Ladder, Shape, Tensors, collate, example_losses
+from dptune.data.batches import InputFormat, Ladder, Shape, Tensors, collate, example_losses
 from dptune.data.encoding import Encoded
 from dptune.models import adapters
 from dptune.models.backbones import Backbone
@@ -151,24 +151,67 @@ def _first_right(
 ) -> GradientPath:
     vocabulary, device = len(backbone.tokenizer), config.compute.device
     notes: list[str] = []
+    try:
+        _check_padding(model, ladder, vocabulary, device)
+    except adapters.REFUSALS as error:
+        raise ConfigError(f"adapter={config.adapter.name} on model={config.model.name}: {_in_words(error)}") from error
     for name in names:
         for rows in dict.fromkeys((ladder.rows, 1)):
             path = GradientPath(name, dataclasses.replace(ladder, rows=rows), tuple(notes))
             try:
                 engine = checked_engine(name, model, example_losses, *_few(vocabulary, ladder, device))
-            except EngineError as error:
-                notes.append(f"engine {name}: {error}")
+            except adapters.REFUSALS as error:
+                notes.append(f"engine {name}: {_in_words(error)}")
                 break
             try:
                 if private:
                     check_independence(engine, model, example_losses, list(probes(path.ladder, vocabulary, device)))
-            except EngineError as error:
-                notes.append(f"engine {name}, {rows} row(s) in a batch: {error}")
+            except adapters.REFUSALS as error:
+                notes.append(f"engine {name}, {rows} row(s) in a batch: {_in_words(error)}")
             else:
                 return path
             finally:
                 engine.close()
     raise ConfigError(f"adapter={config.adapter.name} on model={config.model.name}: {notes[-1]}")
+
+
+def _in_words(error: Exception) -> str:
+    """What an engine says, or what a library says of the backbone on made-up records."""
+    if isinstance(error, EngineError):
+        return str(error)
+    return f"the backbone fails on made-up records ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
+def _check_padding(model: torch.nn.Module, ladder: Ladder, vocabulary: int, device: str) -> None:
+    """Raise EngineError when the loss of a row depends on its padding: with and without are compared in each shape."""
+    if any(value.is_floating_point() and value.itemsize < 4 for value in model.parameters()):
+        return  # What rounds otherwise is more than what is looked for.
+    layout = ladder.layout
+    for shape in ladder.shapes:
+        every = _rows_of(shape, ladder, vocabulary)
+        # The shortest has most padding, and one in between has more to pay attention to.
+        rows = [every[at] for at in dict.fromkeys(min(at, len(every) - 1) for at in (1, 2))]
+        with torch.no_grad():
+            padded = example_losses(model, collate(rows, layout, shape, device)).tolist()
+            bare = [float(example_losses(model, _bare(row, layout, device))[0]) for row in rows]
+        for one, other in zip(bare, padded, strict=False):
+            if not abs(one - other) <= LOSS_TOLERANCE * max(1.0, abs(one)):
+                raise EngineError(
+                    f"the loss of a row is {one:.4f} without padding and {other:.4f} in batches of up to "
+                    f"{shape.width - layout.extra} tokens: the backbone reads padding, so choose another one"
+                )
+
+
+def _bare(row: Encoded, layout: InputFormat, device: str) -> Tensors:
+    """A batch of one row, without the column that no row fills, and without position ids of ours."""
+    spare = 0 if layout.architecture == "decoder" else 1
+    batch = collate([row], layout, Shape(layout.width_of(row) - spare, row.response, 1), device)
+    batch.pop("position_ids", None)
+    return batch
+
+
+LOSS_TOLERANCE = 3e-5
+"""Largest difference of a loss with and without padding, of the loss: what rounds otherwise is a hundredth of it."""
 
 
 def _few(vocabulary: int, ladder: Ladder, device: str) -> tuple[Tensors, Tensors]:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,11 +40,12 @@ from dptune.records.record import (
     read,
 )
 from dptune.runs.booking import book_run
+from dptune.runs.card import CARD_FILE, adapter_card
 from dptune.runs.folder import Report, RunFolder, Steps, log_traceback
 from dptune.runs.privacy import describe, privacy_of, said_if_slow, spent, uncovered_test
 from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
 from dptune.runs.public import on_stderr
-from dptune.runs.setup import Setup, load_backbone, set_up
+from dptune.runs.setup import Setup, load_backbone, said_of_cuts, set_up
 from dptune.runs.training import AdapterTraining, ledger_of, load_checkpoint
 from dptune.training import checkpoint
 from dptune.training.checkpoint import Checkpoint, CheckpointError, CheckpointForged
@@ -135,6 +136,8 @@ def run_in_folder(config: Config, setup: Setup, overrides: Sequence[str], folder
         folder.say(f"{setup.data.skipped.count} records were skipped: {folder.path / SKIPPED_FILE}")
         skipped = "".join(f"{line}\n" for line in setup.data.skipped.messages)
         write_atomically(folder.path / SKIPPED_FILE, skipped)
+    if (lost := said_of_cuts(setup, config)) is not None:
+        folder.say(lost)
     if not setup.data.public:
         folder.log(uncovered_test(config, setup.data))
     tracker = tracking.start(config.tracking, record, folder.path)
@@ -315,7 +318,8 @@ def measure_and_train(
     write_atomically(folder.path / EVALUATION_FILE, "".join(lines))
     with said_if_slow(f"accounting for {plan.steps:,} steps by every accountant"):
         record.guarantee = guarantee_of(dataclasses.replace(record, status="done"), folder.path)
-    save_adapter(model, folder.path / ADAPTER_FOLDER, guarantee_page(record))
+    card = adapter_card(config, adapters.is_peft(model))
+    save_adapter(model, folder.path / ADAPTER_FOLDER, {GUARANTEE_FILE: guarantee_page(record), CARD_FILE: card})
     if config.privacy.score_noise_multiplier is not None:
         assert record.privacy is not None
         right = sum(answer.correct for answer in judge(model.eval(), data.validation, None)[0])
@@ -358,9 +362,10 @@ def scored(guarantee: Privacy, right: int, records: int, config: Config, setup: 
     )
 
 
-def save_adapter(model: torch.nn.Module, folder: Path, page: str) -> None:
-    """Write the adapter, with a page on what it guarantees; a half-written folder is never seen."""
+def save_adapter(model: torch.nn.Module, folder: Path, pages: Mapping[str, str]) -> None:
+    """Write the adapter, with pages on what it is and guarantees; a half-written folder is never seen."""
     with whole_folder(folder) as draft:
         adapters.save(model, draft)
-        write_atomically(draft / GUARANTEE_FILE, page)
+        for name, page in pages.items():
+            write_atomically(draft / name, page)
         shutil.rmtree(folder, ignore_errors=True)

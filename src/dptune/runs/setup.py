@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
+from dptune.config.adapters import ADAPTERS
 from dptune.config.extras import check_extras, require
 from dptune.config.schema import Config, ConfigError
-from dptune.data.encoding import Encoded, encode_examples
+from dptune.data.encoding import Cuts, Encoded, cuts, encode_examples
 from dptune.data.schema import Example
 from dptune.data.sources import Dataset, public_examples, start_sources
 from dptune.data.sources import load_dataset as load_data
-from dptune.data.templates import prompt_of, token_counter
+from dptune.data.templates import check_template, token_counter
 from dptune.evaluation import SHORTEST
 from dptune.models import adapters, backbones
 from dptune.models.backbones import Backbone
@@ -75,7 +76,8 @@ def set_up(config: Config, identity: str, say: Report = on_stderr) -> Setup:
     plan = make_plan(config, data)
     backbone = load_backbone(config)
     check_free_form(backbone, data)
-    prompt_of(data.test[0], backbone.tokenizer, config.data.template)
+    check_length(config, backbone)
+    check_template(backbone.tokenizer, config.data.template)
     seed = config.environment.seed
     # Initialisation is public and depends on the seed alone, so that methods start from the same point.
     coins = KeyRing.reproducible(config.public.seed if public else seed, "public")
@@ -108,7 +110,8 @@ def data_of(config: Config) -> Dataset:
     """The data of a run; the tokenizer is loaded only where records that are too long are bad."""
     tokens: Callable[[Example], int] | None = None
     if config.data.on_long == "error":
-        tokens = token_counter(load_backbone(config).tokenizer, config.data.template)
+        backbone, template = load_backbone(config), config.data.template
+        tokens = token_counter(backbone.tokenizer, template, len(backbone.layout.beginning(template)))
     return load_data(config, tokens)
 
 
@@ -140,14 +143,45 @@ def check_free_form(backbone: Backbone, data: Dataset) -> None:
         )
 
 
+def check_length(config: Config, backbone: Backbone) -> None:
+    """Raises ConfigError when a row, with a soft prompt before it, may have more tokens than there are positions."""
+    longest, wanted = backbone.layout.longest, config.environment.sequence_length
+    virtual = config.adapter.virtual_tokens if ADAPTERS[config.adapter.name].virtual else 0
+    if longest is None or wanted + virtual <= longest:
+        return
+    prompt = f" and adapter.virtual_tokens={virtual}" if virtual else ""
+    least = 8  # As the schema has it.
+    way_out = f"at most {longest - virtual} fits" if longest - virtual >= least else "choose another backbone"
+    raise ConfigError(
+        f"environment.sequence_length={wanted}{prompt}: beyond the {backbone.layout.positions} positions of "
+        f"model={config.model.name}; {way_out}"
+    )
+
+
 def training_rows(setup: Setup, sequence_length: int, template: str) -> list[Encoded]:
     """The encoded training split; runs of a process on the same data share it."""
     key = (setup.data.fingerprint, setup.backbone.fingerprint, sequence_length, template)
     if key not in _training_rows:
         _training_rows.clear()
-        tokenizer = setup.backbone.tokenizer
-        _training_rows[key] = encode_examples(setup.data.train, tokenizer, sequence_length, template)
+        tokenizer, begin = setup.backbone.tokenizer, setup.backbone.layout.beginning(template)
+        _training_rows[key] = encode_examples(setup.data.train, tokenizer, sequence_length, template, begin)
     return _training_rows[key]
 
 
+def said_of_cuts(setup: Setup, config: Config) -> str | None:
+    """What `environment.sequence_length` cuts off in all of the data, in one line; runs of a process share it.
+
+    It counts records: of private data it is for their holder's terminal alone.
+    """
+    data, backbone, template = setup.data, setup.backbone, config.data.template
+    length = config.environment.sequence_length
+    key = (data.fingerprint, backbone.fingerprint, length, template)
+    if key not in _cuts:
+        _cuts.clear()
+        examples = [*data.train, *data.validation, *data.test]
+        _cuts[key] = cuts(examples, backbone.tokenizer, length, template, backbone.layout.beginning(template))
+    return _cuts[key].in_words(length)
+
+
+_cuts: dict[tuple[str, str, int, str], Cuts] = {}
 _training_rows: dict[tuple[str, str, int, str], list[Encoded]] = {}

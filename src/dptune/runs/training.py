@@ -141,8 +141,9 @@ class AdapterTraining:
         """The encoded records of public data that belong to the source."""
         config = self.config
         public = public_examples(config, self.setup.data)
-        tokenizer = self.setup.backbone.tokenizer
-        return encode_examples(public, tokenizer, config.environment.sequence_length, config.data.template)
+        backbone, template = self.setup.backbone, config.data.template
+        begin = backbone.layout.beginning(template)
+        return encode_examples(public, backbone.tokenizer, config.environment.sequence_length, template, begin)
 
     def _before_step(self, step: int) -> None:
         if self.folder is not None:
