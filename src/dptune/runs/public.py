@@ -102,7 +102,8 @@ class _Pupil:
 
     def rows(self, examples: Sequence[Example]) -> list[Encoded]:
         length, template = self.config.environment.sequence_length, self.config.data.template
-        return encode_examples(examples, self.backbone.tokenizer, length, template)
+        begin = self.backbone.layout.beginning(template)
+        return encode_examples(examples, self.backbone.tokenizer, length, template, begin)
 
     def learn(self, rows: Sequence[Encoded], optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """One step on the mean loss of some rows."""
