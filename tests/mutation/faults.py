@@ -1097,8 +1097,8 @@ FAULTS = (
     Fault(
         "public gradients from the protected records",
         "config/checks.py",
-        'if privacy.projection == "public" and data.organisation == "dev":',
-        'if privacy.projection == "public" and not data.organisation:',
+        'if needs_public and data.organisation == "dev":',
+        "if needs_public and not data.organisation:",
         (
             "privacy/test_adversarial.py::test_what_comes_of_a_config[data.organisation=dev "
             "privacy.projection=public refused]",

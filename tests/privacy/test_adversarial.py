@@ -341,8 +341,10 @@ SHARING: list[Any] = [
 
 BESIDE: list[Any] = [
     # What is released beside the steps.
-    *((f"privacy.projection={kind}", Accounted()) for kind in ("none", "random", "history", "rgp", "public")),
+    *((f"privacy.projection={kind}", Accounted()) for kind in ("none", "random", "history", "rgp", "public", "scale")),
     ("data.organisation=dev privacy.projection=public", Refused("privacy.projection=public")),
+    ("data.organisation=dev privacy.projection=scale", Refused("privacy.projection=scale takes its gradients from")),
+    ("data.organisation=dev privacy.projection=scale public.method=joint", Accounted()),
     ("data.organisation=dev public.method=joint public.steps=1", Accounted()),
     ("public.method=meta public.data.x.organisation=private", Refused("public.data.x.organisation=private stands for")),
     ("public.method=joint adapter.name=pst", Refused("a start has no meaning for it")),

@@ -27,6 +27,7 @@ from dptune.config.ranges import OF_INTEGERS, OF_NUMBERS, RANGES, SMALLEST_STABI
 from dptune.config.schema import (
     EMBEDDED,
     EMBEDDED_DATA,
+    ON_PUBLIC_GRADIENTS,
     PRETRAINED_ON,
     SPLITS,
     AdapterConfig,
@@ -248,14 +249,17 @@ def _check_together(config: Config) -> None:
             "privacy.projection=private is paid for with privacy.projection_noise_multiplier=..., and only it is; "
             "give both or neither"
         )
-    if privacy.projection == "public" and data.name not in EMBEDDED_DATA:
+    needs_public = privacy.projection in ON_PUBLIC_GRADIENTS and config.public.method == "none"
+    if needs_public and data.name not in EMBEDDED_DATA:
         raise ConfigError(
-            f"privacy.projection=public needs public data, which only data={', '.join(EMBEDDED_DATA)} has; use history"
+            f"privacy.projection={privacy.projection} needs public data, which of itself only "
+            f"data={', '.join(EMBEDDED_DATA)} has; start from public data with public=joint, or use history"
         )
-    if privacy.projection == "public" and data.organisation == "dev":
+    if needs_public and data.organisation == "dev":
         raise ConfigError(
-            "privacy.projection=public takes its gradients from the support desk's dev, which data.organisation=dev "
-            "protects: public data must be other data; set data.organisation=private, or use history"
+            f"privacy.projection={privacy.projection} takes its gradients from the support desk's dev, which "
+            "data.organisation=dev protects: public data must be other data; start from public data with public=joint, "
+            "or use history"
         )
     if privacy.unit != "example" and data.layout == "messages" and data.columns.user != "message_tree_id":
         raise ConfigError(

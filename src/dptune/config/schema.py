@@ -27,6 +27,10 @@ EMBEDDED_DATA = {"supportdesk": "organisation"}
 field of `DataConfig` that chooses among its variants."""
 
 
+ON_PUBLIC_GRADIENTS = ("public", "scale")
+"""Choices of `privacy.projection` that need public records."""
+
+
 SPLITS = ("train", "validation", "test")
 """Splits of a run's data."""
 
@@ -136,10 +140,11 @@ class PrivacyConfig:
     """Public schedule of the noise multiplier over the steps (SPECIFICATION.md 3)."""
     schedule_ratio: float = _number(0.5, above=0)
     """Last over first noise multiplier of the schedule; `constant` has none."""
-    projection: str = _one_of("none", "random", "history", "rgp", "public", "private")
+    projection: str = _one_of("none", "random", "history", "rgp", "public", "scale", "private")
     """Clip and noise in a subspace of each group: random and public, half from past releases, low-rank carriers from
-    past releases (`rgp`, arXiv:2106.09352), from gradients of public data (the support desk's "dev"), or from private
-    gradients, which is paid for (SPECIFICATION.md 5)."""
+    past releases (`rgp`, arXiv:2106.09352), from public gradients, or from private ones, which is paid for; or in all
+    coordinates, each divided by its `scale` in public gradients (arXiv:2202.05963). Public gradients are of
+    `public.data`, and without a start from them of the support desk's "dev" (SPECIFICATION.md 5)."""
     projection_dimension: int = _number(16, least=1)
     """Coordinates kept of each group; with `rgp` the rank of the carriers."""
     projection_refresh: int = _number(10, least=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dptune.config.schema import (
     EMBEDDED_DATA,
+    ON_PUBLIC_GRADIENTS,
     SPLITS,
     Config,
     ConfigError,
@@ -85,7 +86,7 @@ def load_dataset(config: Config, tokens: Callable[[Example], int] | None = None)
     tasks, protected = set[str](), set[bytes]()
     for example in _checked(config, tokens, skipped):
         tasks.add(example.task)
-        if config.privacy.projection == "public" or config.public.method != "none":
+        if config.privacy.projection in ON_PUBLIC_GRADIENTS or config.public.method != "none":
             protected.add(words_of(example))
         if data.tasks is None or example.task in data.tasks:
             (training if example.split == "train" else held_out[example.split]).offer(example)
@@ -126,7 +127,7 @@ def public_examples(config: Config, data: Dataset) -> list[Example]:
     found = load_dataset(dataclasses.replace(config, data=public(config.data)))
     way_out = "take other data or another data.seed, or privacy.projection=history"
     _refuse_shared(
-        f"privacy.projection=public: its public data shares records with data={config.data.name}",
+        f"privacy.projection={config.privacy.projection}: its public data shares records with data={config.data.name}",
         found.protected,
         data,
         way_out,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dptune.config.schema import ON_PUBLIC_GRADIENTS
 from dptune.privacy.guarantee import epsilon_text, rounded_up
 from dptune.records.code import code_version
 from dptune.records.state import State
@@ -407,9 +408,8 @@ def public_cell(row: Row) -> Cell:
     setting = row.setting
     if records := setting.value("provenance.public.records"):
         return Cell(f"{records:,.0f} ({setting.value('config.public.method')})", float(records))
-    if setting.value("config.privacy.projection") == "public":
-        used = 4 * int(setting.value("config.privacy.projection_dimension"))
-        return Cell(f"{used} (subspace)", float(used))
+    if setting.value("config.privacy.projection") in ON_PUBLIC_GRADIENTS:
+        return Cell("for gradients", 0.0)
     return Cell("none")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from dptune.config.adapters import ADAPTERS
 from dptune.config.extras import check_extras, require
-from dptune.config.schema import Config, ConfigError
+from dptune.config.schema import ON_PUBLIC_GRADIENTS, Config, ConfigError
 from dptune.data.encoding import Cuts, Encoded, cuts, encode_examples
 from dptune.data.schema import Example
 from dptune.data.sources import Dataset, public_examples, start_sources
@@ -70,9 +70,9 @@ def set_up(config: Config, identity: str, say: Report = on_stderr) -> Setup:
     check_extras(config)
     data = data_of(config)
     check_texts(data)
-    if config.privacy.projection == "public":
-        public_examples(config, data)  # raises when it is not other data
     public = start_sources(config, data)
+    if config.privacy.projection in ON_PUBLIC_GRADIENTS and not public:
+        public_examples(config, data)  # raises when it is not other data
     plan = make_plan(config, data)
     backbone = load_backbone(config)
     check_free_form(backbone, data)
