@@ -19,11 +19,13 @@ from dptune.config.adapters import ADAPTERS
 from dptune.config.checks import from_values, strict, with_values
 from dptune.config.schema import PRETRAINED_ON, SHIPPED, Config, ConfigError, DataConfig, public_sources
 from dptune.data import supportdesk
+from dptune.data.batches import collate, example_losses
 from dptune.data.relabel import Relabelling
 from dptune.data.schema import Example
 from dptune.data.sources import StartSource, load_dataset, start_sources
 from dptune.identity import run_id
 from dptune.models import adapters
+from dptune.models.peft_adapters import frozen_factors, two_sided_layers
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records.record import ADAPTER_FOLDER
 from dptune.runs import public
@@ -217,6 +219,52 @@ def test_other_adapters_start_from_public_data_too(name: str, tmp_path: Path) ->
     taught = adapters.trainable_parameters(model)
     assert taught.keys() == fresh.keys()
     assert any(not torch.equal(value, fresh[key]) for key, value in taught.items())
+
+
+def test_bases_span_what_another_answer_changes(tmp_path: Path) -> None:
+    """The frozen factors turn to it, are orthonormal, and stay frozen; the core starts at zero."""
+    config = small(tmp_path, adapter__name="lora_xs", public__method="basis", public__batch_size=4)
+    config.public.data = {"acorn": DataConfig(organisation="acorn", tasks=["policy"])}
+    backbone = load_backbone(config)
+    model = adapters.attach(backbone.model, config.adapter, rank=4, steps=2, seed=0)
+    fresh = {key: value.detach().clone() for key, value in frozen_factors(model).items()}
+    sources = start_sources(config, load_dataset(config))
+    start = start_from_public(config, sources, backbone, model, [].append)
+    found = frozen_factors(model)
+    assert found.keys() == fresh.keys() and all(not torch.equal(value, fresh[key]) for key, value in found.items())
+    assert all(not value.any() for value in adapters.trainable_parameters(model).values())
+    assert not any(value.requires_grad for name, value in model.named_parameters() if ".latent." not in name)
+    assert load_file(start.folder / WEIGHTS_FILE).keys() == {*found, *adapters.trainable_parameters(model)}
+
+    # What is left of the counterfactual gradient of one class, in the bases and in those of the weights.
+    layer, pupil = two_sided_layers(model)[-1], public._Pupil(config, backbone, model, sources, print)
+    examples, options = public._classes(pupil)[0]
+    layer.weight.requires_grad_(True)
+    gradients = []
+    for option in options:
+        rows = pupil.rows([dataclasses.replace(example, output=option) for example in examples])
+        loss = example_losses(model, collate(rows, backbone.layout)).mean()
+        gradients.append(torch.autograd.grad(loss, layer.weight)[0])
+    changes = torch.stack(gradients) - torch.stack(gradients).mean(dim=0)
+    down, up = (next(name for name, value in found.items() if value is factor) for factor in layer.factors)
+    kept = []
+    for factors in (found, fresh):
+        left, right = torch.linalg.qr(factors[up]).Q, torch.linalg.qr(factors[down].T).Q
+        kept.append(float((left @ (left.T @ changes @ right) @ right.T).norm() / changes.norm()))
+    assert kept[0] > 0.99 and kept[1] < 0.2
+    torch.testing.assert_close(found[down] @ found[down].T, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_bases_need_tasks_with_options(tmp_path: Path) -> None:
+    values = {"adapter__name": "lora_xs", "public__method": "basis"}
+    config = small(tmp_path, **values)
+    config.public.data["acorn"].tasks = config.public.data["beacon"].tasks = ["date"]
+    with pytest.raises(ConfigError, match="public=basis needs public tasks with options"):
+        start_of(config)
+    with pytest.raises(ConfigError, match="public=basis is for adapter=lora_xs, not for adapter=lora"):
+        small(tmp_path, public__method="basis")
+    with pytest.raises(ConfigError, match="backbone_quantization=int8 rounds"):
+        small(tmp_path, environment__backbone_quantization="int8", **values)
 
 
 def test_by_default_nothing_of_dev_or_of_the_private_organisation_is_in_it(tmp_path: Path) -> None:

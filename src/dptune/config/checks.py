@@ -356,6 +356,15 @@ def _check_start(config: Config) -> None:
             f"public.method={public.method} with adapter={config.adapter.name}, which changes its shape as training "
             "goes on: a start has no meaning for it; take public=none, or adapter=lora"
         )
+    if public.method == "basis" and config.adapter.name != "lora_xs":
+        raise ConfigError(
+            f"public=basis is for adapter=lora_xs, not for adapter={config.adapter.name}; take it, or public=joint"
+        )
+    if public.method == "basis" and config.environment.backbone_quantization != "none":
+        raise ConfigError(
+            "public=basis needs gradients of the backbone's own matrices, which "
+            f"environment.backbone_quantization={config.environment.backbone_quantization} rounds; set it to none"
+        )
     for name, source in public_sources(public).items():
         where = f"public.data.{name}"
         try:

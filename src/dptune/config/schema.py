@@ -272,9 +272,11 @@ class PublicConfig:
     same. `dptune public` makes it alone.
     """
 
-    method: str = _one_of("none", "joint", "meta", "joint_meta")
+    method: str = _one_of("none", "joint", "meta", "joint_meta", "basis")
     """`none`: the adapter starts fresh. `joint`: AdamW on all public records with their own answers. `meta`: Reptile
-    (arXiv:1803.02999) over the sources, so that the adapter learns to learn. `joint_meta`: one, then the other."""
+    (arXiv:1803.02999) over the sources, so that the adapter learns to learn. `joint_meta`: one, then the other.
+    `basis`, for `adapter=lora_xs`: its frozen factors are the leading directions, on both sides of each matrix, of what
+    another answer would change in public gradients."""
     data: dict[str, DataConfig] = field(default_factory=dict)
     """Public sources by a name of yours, each as `data` has it; training records are taken. On a command line:
     `+data@public.data.first=sst2 public.data.first.path=FILE`. Everybody may know them: nothing protects them. Empty:

@@ -19,12 +19,12 @@ class Relabelling:
         """Collect the options of each task over all public sources."""
         self._options: dict[str, set[tuple[str, ...]]] = {}
         for examples in sources:
-            for task, options in _shared_options(examples).items():
+            for task, options in shared_options(examples).items():
                 self._options.setdefault(task, set()).add(options)
 
     def drawn(self, examples: Sequence[Example], coins: Random) -> list[Example]:
         """Records of one source with the options of each of its tasks renamed."""
-        maps = {task: self._map(task, options, coins) for task, options in _shared_options(examples).items()}
+        maps = {task: self._map(task, options, coins) for task, options in shared_options(examples).items()}
         return [_renamed(example, maps[example.task]) if example.task in maps else example for example in examples]
 
     def _map(self, task: str, options: tuple[str, ...], coins: Random) -> dict[str, str]:
@@ -36,7 +36,7 @@ class Relabelling:
         return dict(zip(options, coins.sample(pool, len(options)), strict=True))
 
 
-def _shared_options(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
+def shared_options(examples: Sequence[Example]) -> dict[str, tuple[str, ...]]:
     """The options of each task all of whose records have the same ones, sorted."""
     found: dict[str, set[tuple[str, ...]]] = {}
     for example in examples:

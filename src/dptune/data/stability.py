@@ -90,7 +90,7 @@ STABILITY: Mapping[str, Rule] = {
             *("sources.words_of", "sources._training_subset", "subsets.uniform", "subsets.content"),
             # Of public records alone, with which the protected ones are compared.
             *("sources.start_sources", "sources.StartSource", "sources._refuse_shared", "supportdesk.renamed"),
-            *("relabel.Relabelling", "relabel._shared_options", "relabel._renamed"),
+            *("relabel.Relabelling", "relabel.shared_options", "relabel._renamed"),
             *("conditions.apply_to_training", "conditions.chosen"),
         ),
     ),

@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from dptune.config.schema import Config, ConfigError, PublicConfig
 from dptune.data.batches import collate, example_losses
 from dptune.data.encoding import Encoded, encode_examples
-from dptune.data.relabel import Relabelling
+from dptune.data.relabel import Relabelling, shared_options
 from dptune.data.schema import Example
 from dptune.data.sources import StartSource
 from dptune.models.adapters import trainable_parameters
 from dptune.models.backbones import Backbone
 from dptune.models.cache import made_once
+from dptune.models.peft_adapters import frozen_factors, two_sided_layers
 from dptune.records.code import code_version
 from dptune.records.files import write_atomically
 from dptune.runs.folder import Report
@@ -100,6 +101,10 @@ class _Pupil:
     def parameters(self) -> Parameters:
         return trainable_parameters(self.model)
 
+    def taught(self, stage: _Stage) -> Parameters:
+        """All that a stage decides."""
+        return {**self.parameters, **(frozen_factors(self.model) if stage.factors else {})}
+
     def rows(self, examples: Sequence[Example]) -> list[Encoded]:
         length, template = self.config.environment.sequence_length, self.config.data.template
         begin = self.backbone.layout.beginning(template)
@@ -135,9 +140,9 @@ def start_from_public(
     key = _key(pupil)
     digest = ""
     for stage in METHODS[config.public.method].stages:
-        key = _hash(key, stage.__name__, _settings(config.public, stage))
+        key = _hash(key, stage.name, {name: getattr(config.public, name) for name in stage.settings})
         folder = made_once(Path(config.compute.cache_dir) / "public", key, partial(_make, stage, pupil))
-        digest = _load(pupil.parameters, folder)
+        digest = _load(pupil.taught(stage), folder)
     described = {name: _described(source) for name, source in sources.items()}
     return Start(config.public.method, digest, folder, described)
 
@@ -183,6 +188,64 @@ def _meta(pupil: _Pupil) -> Iterator[torch.Tensor]:
         yield loss
 
 
+def _basis(pupil: _Pupil) -> Iterator[torch.Tensor]:
+    """Frozen factors of LoRA-XS: leading directions, on both sides, of what another answer would change.
+
+    For each class of each task with options, the mean gradient of its records with each of the options as their answer,
+    less its mean over the options: what no answer tells apart cancels out.
+    """
+    layers = two_sided_layers(pupil.model)
+    sides = [(torch.zeros(()).double(), torch.zeros(()).double()) for _ in layers]
+    weights = [layer.weight for layer in layers]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for examples, options in _classes(pupil):
+            found, losses = [], []
+            for option in options:
+                rows = pupil.rows([dataclasses.replace(example, output=option) for example in examples])
+                batch = collate(rows, pupil.backbone.layout, device=pupil.config.compute.device)
+                loss = example_losses(pupil.model, batch).mean()
+                found.append(torch.autograd.grad(loss, weights))
+                losses.append(loss.detach())
+            for at, layer in enumerate(layers):
+                every = torch.stack([layer.matrix(gradients[at]).double() for gradients in found])
+                every -= every.mean(dim=0)
+                left, right = sides[at]
+                sides[at] = left + (every @ every.mT).sum(dim=0), right + (every.mT @ every).sum(dim=0)
+            yield torch.stack(losses).mean()
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    for layer, (left, right) in zip(layers, sides, strict=True):
+        layer.set_bases(_leading(left, layer.rank), _leading(right, layer.rank))
+
+
+def _leading(symmetric: torch.Tensor, size: int) -> torch.Tensor:
+    """The eigenvectors of the largest eigenvalues, as columns whose largest entry is positive."""
+    vectors: torch.Tensor = torch.linalg.eigh(symmetric.cpu()).eigenvectors.flip(1)[:, :size]
+    largest = vectors.abs().argmax(dim=0)
+    return vectors * vectors[largest, torch.arange(size)].sign()
+
+
+def _classes(pupil: _Pupil) -> list[tuple[list[Example], tuple[str, ...]]]:
+    """Up to `batch_size` records of each answer of each task with options, and all of these options.
+
+    Raises:
+        ConfigError: when no source has such a task.
+    """
+    found = []
+    for source in pupil.sources.values():
+        for task, options in shared_options(source.examples).items():
+            for answer in options:
+                own = [item for item in source.examples if (item.task, item.output) == (task, answer)]
+                if own:
+                    found.append((own[: pupil.public.batch_size], options))
+    if not found:
+        raise ConfigError("public=basis needs public tasks with options that its records share; take public=joint")
+    return found
+
+
 def _lessons(sources: Mapping[str, StartSource]) -> list[StartSource]:
     """What Reptile draws from: the sources; of a single one its tasks."""
     if len(sources) > 1:
@@ -199,7 +262,19 @@ def _some(examples: Sequence[Example], size: int, coins: Random) -> list[Example
     return coins.sample(examples, size) if size <= len(examples) else coins.choices(examples, k=size)
 
 
-_Stage = Callable[[_Pupil], Iterator[torch.Tensor]]
+@dataclass(frozen=True)
+class _Stage:
+    """Something that an adapter is taught."""
+
+    name: str
+    teach: Callable[[_Pupil], Iterator[torch.Tensor]]
+    """Changes the adapter in place, with the loss after each step."""
+    steps: Callable[[_Pupil], int]
+    """Number of its steps."""
+    settings: tuple[str, ...]
+    """Fields of `public` that decide it, beside the seed; the first one is what to lower when it diverges."""
+    factors: bool = False
+    """Whether it decides the frozen factors, too."""
 
 
 @dataclass(frozen=True)
@@ -208,26 +283,21 @@ class _Method:
     in_words: str
 
 
+JOINT = _Stage("joint", _joint, lambda pupil: pupil.public.steps, ("learning_rate", "steps", "batch_size"))
+META = _Stage(
+    "meta",
+    _meta,
+    lambda pupil: pupil.public.meta_steps,
+    ("inner_learning_rate", "inner_steps", "meta_rate", "meta_steps", "relabel", "batch_size"),
+)
+BASIS = _Stage("basis", _basis, lambda pupil: len(_classes(pupil)), ("batch_size",), factors=True)
 METHODS: Mapping[str, _Method] = {
-    "joint": _Method((_joint,), "by joint training"),
-    "meta": _Method((_meta,), "by meta-learning (Reptile)"),
-    "joint_meta": _Method((_joint, _meta), "by joint training, then meta-learning (Reptile)"),
+    "joint": _Method((JOINT,), "by joint training"),
+    "meta": _Method((META,), "by meta-learning (Reptile)"),
+    "joint_meta": _Method((JOINT, META), "by joint training, then meta-learning (Reptile)"),
+    "basis": _Method((BASIS,), "by the bases of its two-sided subspace"),
 }
 """What each choice of `public.method` but `none` does."""
-
-
-def _settings(public: PublicConfig, stage: _Stage) -> dict[str, float]:
-    """What decides a stage, beside what it starts from."""
-    names = ["batch_size", "seed"]
-    if stage is _joint:
-        names += ["steps", "learning_rate"]
-    else:
-        names += ["meta_steps", "meta_rate", "inner_steps", "inner_learning_rate", "relabel"]
-    return {name: getattr(public, name) for name in names}
-
-
-def _steps(public: PublicConfig, stage: _Stage) -> int:
-    return public.steps if stage is _joint else public.meta_steps
 
 
 def _key(pupil: _Pupil) -> str:
@@ -254,21 +324,25 @@ def _described(source: StartSource) -> dict[str, str | int]:
 
 def _make(stage: _Stage, pupil: _Pupil, folder: Path) -> None:
     """Do a stage, and put the weights where it ends into a folder."""
-    steps, name = _steps(pupil.public, stage), stage.__name__.strip("_")
-    begin = said = time.monotonic()
-    for step, loss in enumerate(stage(pupil), start=1):
+    steps, begin = stage.steps(pupil), time.monotonic()
+    said = begin
+    for step, loss in enumerate(stage.teach(pupil), start=1):
         now = time.monotonic()
         if now - said > SAID_EVERY:
             said = now
             left = in_time((now - begin) * (steps / step - 1))
-            pupil.say(f"start from public data ({name}): step {step}/{steps}  loss {loss.item():.3f}  {left} left")
-    if not all(value.isfinite().all() for value in pupil.parameters.values()):
-        rate = "public.learning_rate" if stage is _joint else "public.inner_learning_rate"
-        raise ConfigError(f"{rate}: training on public data diverged; lower it, or take public=none")
-    weights = {key: value.detach().cpu().contiguous() for key, value in pupil.parameters.items()}
+            pupil.say(
+                f"start from public data ({stage.name}): step {step}/{steps}  loss {loss.item():.3f}  {left} left"
+            )
+    taught = pupil.taught(stage)
+    if not all(value.isfinite().all() for value in taught.values()):
+        raise ConfigError(
+            f"public.{stage.settings[0]}: training on public data diverged; lower it, or take public=none"
+        )
+    weights = {key: value.detach().cpu().contiguous() for key, value in taught.items()}
     save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
     described = {
-        "digest": hash_of(pupil.parameters),
+        "digest": hash_of(taught),
         "public": dataclasses.asdict(pupil.public),
         "sources": {key: _described(source) for key, source in pupil.sources.items()},
         "seconds": round(time.monotonic() - begin, 1),

@@ -50,8 +50,9 @@ def remembered(cache: Path, asked: Sequence[str], expand: Callable[[], list[Job]
         return [_job(values) for values in json.loads(path.read_text(encoding="utf-8"))]
     jobs = expand()
     configs = [job.config for job in jobs]
-    sources = [source for config in configs for source in (config.data, *config.public.data.values())]
-    if not any(part.path for part in (*sources, *(config.model for config in configs))):
+    paths = [config.model.path for config in configs]
+    paths += [source.path for config in configs for source in (config.data, *config.public.data.values())]
+    if not any(paths):
         with contextlib.suppress(OSError):  # A folder that cannot be written costs time, nothing else.
             write_atomically(path, json.dumps([asdict(job) for job in jobs]))
     return jobs
