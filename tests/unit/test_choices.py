@@ -83,7 +83,7 @@ def bases(group: str, name: str) -> list[tuple[str, str]]:
     found = []
     for item in read(CONF / group / f"{name}.yaml").get("defaults", ()):
         chosen = item.items() if isinstance(item, Mapping) else [(group, item)]
-        found += [(key.split("/")[-1], value) for key, value in chosen if value != "_self_"]
+        found += [(key.split("/")[-1].partition("@")[0], value) for key, value in chosen if value != "_self_"]
     return found
 
 
