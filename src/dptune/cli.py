@@ -172,6 +172,25 @@ def composed(verb: str, argv: list[str]) -> Config:
     return config
 
 
+def public(argv: list[str]) -> None:
+    """`dptune public [group=choice ...] [key=value ...]`: make the start of an adapter from public data alone.
+
+    Raises:
+        ConfigError: when the config asks for none, or cannot be read.
+    """
+    if words := [item for item in argv if "=" not in item]:
+        raise ConfigError(f"public {' '.join(words)}: give key=value only, such as public=joint model=nano")
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        config = strict(hydra.compose("config", overrides=argv))
+    if config.public.method == "none":
+        raise ConfigError("public=none makes nothing: choose public=joint, public=meta or public=joint_meta")
+    from dptune.runs.setup import make_start
+
+    with Display() as display:
+        start = make_start(config, partial(display.say, error=True))
+    print(f"{start.folder}  {start.in_words}", flush=True)
+
+
 def merge(argv: list[str]) -> None:
     """`dptune merge RUN [to=FOLDER]`: backbone and adapter of a run as one model."""
     from dptune.runs import merging
@@ -360,6 +379,14 @@ VERBS = {
         "budget.jsonl in $DPTUNE_HOME (else ~/.local/state/dptune). With arguments, such as data=files\n"
         "data.path=FILE, only that of their data. privacy.budget=EPSILON refuses a run that would exceed it.",
     ),
+    "public": Verb(
+        public,
+        "[group=choice ...] [key=value ...]",
+        "makes the start of an adapter from public data alone",
+        "What a run with the same arguments starts from: dptune public public=joint_meta model=nano. It is made once,\n"
+        "kept in compute.cache_dir and shared by all runs that ask for it; public.data names other sources. The run's\n"
+        "own data are read only to refuse public records that are among them.",
+    ),
     "merge": Verb(
         merge,
         "RUN [to=FOLDER] [key=value ...]",
@@ -389,6 +416,8 @@ def in_one_line(error: Exception) -> str:
         return unknown_choice(f"{group}={choice}", choice, group, choices)
     if "Could not load 'hydra/launcher/submitit_slurm'" in text:
         return needs("slurm", "hydra/launcher=slurm")
+    if match := re.search(r"Error merging override \+?public\.data\.(\w+)\.", text):
+        return f"public.data.{match[1]}: name the source first, as in +data@public.data.{match[1]}=files"
     if text.startswith("Error merging override") and error.__cause__ is not None:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).partition(chr(10))[0]}"
     return " ".join(text.split())

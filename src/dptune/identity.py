@@ -18,7 +18,9 @@ from dptune.config.schema import (
     SHIPPED,
     Config,
     ConfigError,
+    DataConfig,
     has_plain_hashes,
+    public_sources,
     split_names,
 )
 from dptune.records.files import write_once
@@ -63,17 +65,28 @@ def run_id(config: Config) -> str:
         identity["model"] |= {"path": content_hash(Path(config.model.path)), "repo": None, "revision": None}
     elif config.model.repo is None and config.model.name in EMBEDDED:
         identity["model"]["path"] = content_hash(SHIPPED / config.model.name / CHECKSUMS)
+    output_root = Path(config.compute.output_root)
     if config.data.path is not None:
-        files = data_files(config.data.path)
-        contents = [content_hash(file) for file in files]
-        key = b"" if has_plain_hashes(config.data) else local_key(Path(config.compute.output_root))
-        identity["data"]["path"] = keyed_hash(key, contents)
-        asked = split_names(config.data) if config.data.splits else None
-        splits = file_splits(config.data.path, readable(config.data.path), asked)
-        if any(splits):
-            identity["data"]["file_splits"] = splits  # Names of files say them, and are in no content.
+        identity["data"] |= _files(config.data, output_root)
+    if config.public.method == "none":
+        del identity["public"]  # Runs from before it keep their names.
+    else:
+        sources = public_sources(config.public)
+        identity["public"]["data"] = {
+            name: dataclasses.asdict(source) | (_files(source, output_root) if source.path else {})
+            for name, source in sources.items()
+        }
     text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _files(data: DataConfig, output_root: Path) -> dict[str, object]:
+    """What the files of a source are: their hash, keyed unless everybody may know them, and what their names say."""
+    assert data.path is not None
+    key = b"" if has_plain_hashes(data) else local_key(output_root)
+    splits = file_splits(data.path, readable(data.path), split_names(data) if data.splits else None)
+    found: dict[str, object] = {"path": keyed_hash(key, [content_hash(file) for file in data_files(data.path)])}
+    return found | ({"file_splits": splits} if any(splits) else {})
 
 
 def selects_by_content(config: Config) -> bool:
@@ -117,7 +130,8 @@ def keep_local_key(config: Config) -> bool:
         Whether another process was faster, so that names that this one has given already no longer hold.
     """
     output_root = Path(config.compute.output_root)
-    return not has_plain_hashes(config.data) and local_key(output_root) != kept_key(output_root)
+    keyed = not all(map(has_plain_hashes, (config.data, *public_sources(config.public).values())))
+    return keyed and local_key(output_root) != kept_key(output_root)
 
 
 @functools.cache

@@ -122,6 +122,7 @@ def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch, after: int) -> 
         {"privacy.projection": "rgp", "privacy.projection_dimension": 1, "privacy.projection_refresh": 2},
         {"privacy.projection": "public", "privacy.projection_dimension": 4},
         {"privacy.projection": "private", "privacy.projection_noise_multiplier": 3.0},
+        {"privacy.projection": "scale", "public.method": "joint", "public.steps": 3},
         {"privacy.unit": "user_uls", "privacy.examples_per_user": 2, "hyperparameter.expected_batch_size": 10},
         {"adapter.name": "adalora"},
         {"adapter.name": "pst", "hyperparameter.learning_rate": 0.1},

@@ -329,6 +329,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_run(config: Config, monke
         {"projection": "random", "projection_dimension": 4, "projection_refresh": 2},
         {"projection": "history", "projection_dimension": 4, "projection_refresh": 1},
         {"projection": "public", "projection_dimension": 4},
+        {"projection": "scale"},
         {"projection": "rgp", "projection_dimension": 1, "projection_refresh": 1},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),

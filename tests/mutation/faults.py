@@ -1126,12 +1126,43 @@ FAULTS = (
     Fault(
         "public gradients from the protected records",
         "config/checks.py",
-        'if privacy.projection == "public" and data.organisation == "dev":',
-        'if privacy.projection == "public" and not data.organisation:',
+        'if needs_public and data.organisation == "dev":',
+        "if needs_public and not data.organisation:",
         (
             "privacy/test_adversarial.py::test_what_comes_of_a_config[data.organisation=dev "
             "privacy.projection=public refused]",
         ),
+    ),
+    Fault(
+        "a start from the protected records",
+        "data/sources.py",
+        "if public & data.protected:",
+        "if public > data.protected:",
+        (
+            "unit/test_public.py::test_public_records_that_are_protected_are_refused_however_they_are_written",
+            "unit/test_stability.py::test_public_gradients_do_not_come_from_the_protected_records",
+        ),
+    ),
+    Fault(
+        "two starts under one key",
+        "runs/setup.py",
+        "*([start.digest] if start else []), plan.fingerprint()]",
+        "plan.fingerprint()]",
+        ("unit/test_public.py::test_training_goes_on_from_the_start_and_its_keys_are_named_by_it",),
+    ),
+    Fault(
+        "a start with the wordings of the private splits",
+        "data/supportdesk.py",
+        "wordings = task.public if organisation in PUBLIC_ORGANISATIONS else task.train",
+        "wordings = task.train",
+        ("unit/test_public.py::test_by_default_nothing_of_dev_or_of_the_private_organisation_is_in_it",),
+    ),
+    Fault(
+        "a start that nobody is told of",
+        "records/record.py",
+        'return made if learned is None else dataclasses.replace(made, public_data=learned["in_words"])',
+        "return made",
+        ("unit/test_public.py::test_a_run_says_what_it_started_from_and_its_adapter_opens_with_peft",),
     ),
     Fault(
         "half of the steps are composed",

@@ -350,8 +350,13 @@ SHARING: list[Any] = [
 
 BESIDE: list[Any] = [
     # What is released beside the steps.
-    *((f"privacy.projection={kind}", Accounted()) for kind in ("none", "random", "history", "rgp", "public")),
+    *((f"privacy.projection={kind}", Accounted()) for kind in ("none", "random", "history", "rgp", "public", "scale")),
     ("data.organisation=dev privacy.projection=public", Refused("privacy.projection=public")),
+    ("data.organisation=dev privacy.projection=scale", Refused("privacy.projection=scale takes its gradients from")),
+    ("data.organisation=dev privacy.projection=scale public.method=joint", Accounted()),
+    ("data.organisation=dev public.method=joint public.steps=1", Accounted()),
+    ("public.method=meta public.data.x.organisation=private", Refused("public.data.x.organisation=private stands for")),
+    ("public.method=joint adapter.name=pst", Refused("a start has no meaning for it")),
     ("privacy.projection=private", Refused("paid for with privacy.projection_noise_multiplier")),
     ("privacy.projection_noise_multiplier=5", Refused("paid for with privacy.projection_noise_multiplier")),
     (
@@ -521,6 +526,7 @@ DATA: list[Any] = [
     ("data.train_size=0", Refused("data.train_size=0 must be at least 1")),
     ("data.organisation=dev", Accounted()),
     ("data.organisation=public", Refused("data.organisation=public is not one of")),
+    ("data.organisation=acorn", Refused("the embedded backbones were pretrained on it")),
 ]
 
 COMPUTED: list[Any] = [

@@ -18,12 +18,13 @@ from dptune.data.layouts import LAYOUTS
 from dptune.data.sources import SOURCES
 from dptune.models.quantization import FORMATS
 from dptune.privacy.engines import ENGINES
+from dptune.runs.public import METHODS
 from dptune.sweeps.expand import ROOT, grid, names, without_hydra
 from dptune.training.optimizers import OPTIMIZERS, SHRINKAGES
 from dptune.training.projection import PROJECTIONS
 
 CONF = ROOT / "conf"
-GROUPS = ("method", "adapter", "privacy", "hyperparameter", "environment", "data_sensitivity")
+GROUPS = ("method", "adapter", "privacy", "public", "hyperparameter", "environment", "data_sensitivity")
 """Groups whose files are cases of an experiment; models, data, mirrors and machines are the user's own."""
 DECIDED_BY_THE_DATA = {"privacy.noise_mode"}
 FOR_AUDITS = {"membership_ceiling", "delta"}
@@ -46,6 +47,7 @@ def choices_of(key: str) -> set[str]:
         ("environment.backbone_quantization", FORMATS, {"none"}),
         ("privacy.projection", PROJECTIONS, set()),
         ("data.layout", LAYOUTS, {"auto"}),
+        ("public.method", METHODS, {"none"}),
     ],
 )
 def test_every_choice_is_carried_out_by_a_row_of_a_table(key: str, table: Mapping[str, Any], more: set[str]) -> None:
@@ -54,7 +56,7 @@ def test_every_choice_is_carried_out_by_a_row_of_a_table(key: str, table: Mappin
 
 def test_embedded_data_has_a_source_that_is_public_and_can_be_reworded() -> None:
     assert SOURCES.keys() == set(EMBEDDED_DATA)
-    assert all(source.public and source.reword for source in SOURCES.values())
+    assert all(source.public and source.reword and source.rename for source in SOURCES.values())
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,7 +83,7 @@ def bases(group: str, name: str) -> list[tuple[str, str]]:
     found = []
     for item in read(CONF / group / f"{name}.yaml").get("defaults", ()):
         chosen = item.items() if isinstance(item, Mapping) else [(group, item)]
-        found += [(key.split("/")[-1], value) for key, value in chosen if value != "_self_"]
+        found += [(key.split("/")[-1].partition("@")[0], value) for key, value in chosen if value != "_self_"]
     return found
 
 
@@ -111,7 +113,7 @@ def test_the_defaults_of_the_command_line_are_those_of_the_schema() -> None:
 def reached() -> tuple[set[tuple[str, str]], dict[str, set[str]]]:
     """Files of `conf`, and values of each key, that some sweep reaches."""
     files = {("privacy", "adaptive"), ("adapter", "lora"), ("hyperparameter", "default"), ("environment", "reference")}
-    files |= {("data_sensitivity", "clean")}
+    files |= {("data_sensitivity", "clean"), ("public", "none")}
     values = {key: {str(value)} for key, value in DEFAULTS.items()}
     for sweep in names():
         content = read(ROOT / "sweeps" / f"{sweep}.yaml")

@@ -26,7 +26,9 @@ from dptune.training.projection import (
     HistorySubspace,
     MovingSubspace,
     ReparametrizedGradients,
+    ScaledSpace,
     make_projection,
+    scales_of,
 )
 
 pytestmark = pytest.mark.numerical
@@ -66,6 +68,7 @@ def same(one: ReparametrizedGradients, other: ReparametrizedGradients) -> bool:
         ("history", HistorySubspace, []),
         ("rgp", ReparametrizedGradients, []),
         ("public", FixedSubspace, list(range(100, 108))),
+        ("scale", ScaledSpace, list(range(100, 120))),
         ("private", FixedSubspace, list(range(1, 8))),
     ],
 )
@@ -102,6 +105,30 @@ def test_each_projection_sees_the_data_that_it_may(name: str, kind: type, seen: 
     assert [group.name for group in projection.groups] == ["first", "second"]
     lifted = projection.lift({name: value[0].float() for name, value in coordinates.items()})
     assert {name: tuple(value.shape) for name, value in lifted.items()} == SHAPES
+
+
+def test_scales_even_gradients_out_and_leave_their_length() -> None:
+    """What is usually small is as long as the rest before it is clipped; an idle coordinate is not blown up."""
+    rows = gradients(3, 4000)
+    rows["w"] = rows["w"] * 100
+    rows["v"] = rows["v"] * 0
+    moments = {name: value.double().square().mean(dim=0) for name, value in rows.items()}
+    space = ScaledSpace(GROUPS, scales_of(moments))
+    scaled = space.project(rows)
+
+    def square(some: dict[str, torch.Tensor]) -> float:
+        return sum(float(value.double().square().sum()) for value in some.values()) / 4000
+
+    assert square(dict(scaled)) == pytest.approx(square(rows), rel=1e-4)
+    spread = [float(scaled[name].square().mean().sqrt()) for name in ("w", "b")]
+    # A tenth of the root of the mean square, 71, is the smallest scale: 100 to 1 becomes 7 to 1, and 0 stays there.
+    assert spread[0] / spread[1] == pytest.approx(7.2, rel=0.05)
+    assert float(space.scales["w"].mean() / space.scales["v"].mean()) == pytest.approx(100 / 7.1, rel=0.05)
+    for name, value in space.lift(scaled).items():
+        assert_close_to_largest(value, rows[name])
+    other = ScaledSpace(GROUPS, {name: torch.ones(shape) for name, shape in SHAPES.items()})
+    other.load_state_dict(space.state_dict())
+    assert all(torch.equal(other.scales[name], value) for name, value in space.scales.items())
 
 
 def test_carriers_come_from_the_sum_of_releases_at_each_refresh() -> None:

@@ -27,6 +27,8 @@ from dptune.config.ranges import OF_INTEGERS, OF_NUMBERS, RANGES, SMALLEST_STABI
 from dptune.config.schema import (
     EMBEDDED,
     EMBEDDED_DATA,
+    ON_PUBLIC_GRADIENTS,
+    PRETRAINED_ON,
     SPLITS,
     AdapterConfig,
     Config,
@@ -36,6 +38,7 @@ from dptune.config.schema import (
     ModelConfig,
     is_public,
     noise_mode,
+    public_sources,
     split_names,
 )
 
@@ -66,7 +69,7 @@ def with_values(config: Config, values: Iterable[tuple[str, Any]]) -> Config:
         *parents, leaf = name.split(".")
         node: Any = made
         for parent in parents:
-            node = getattr(node, parent, None)
+            node = node.get(parent) if isinstance(node, dict) else getattr(node, parent, None)
         if not dataclasses.is_dataclass(node) or not hasattr(node, leaf):
             raise ConfigError(unknown_key(name))
         setattr(node, leaf, _typed(type(node), name, leaf, repr(value), value))
@@ -88,7 +91,12 @@ def _group(default: Any, values: Mapping[str, Any]) -> Any:
     groups = {
         name: _group(group, values[name]) for name, group in vars(default).items() if dataclasses.is_dataclass(group)
     }
-    return type(default)(**{**values, **groups})
+    sources = {
+        name: {key: _group(DataConfig(), value) for key, value in values[name].items()}
+        for name, group in vars(default).items()
+        if isinstance(group, dict)
+    }
+    return type(default)(**{**values, **groups, **sources})
 
 
 def _typed(group: type[Any], name: str, leaf: str, text: str, value: Any) -> Any:
@@ -97,8 +105,8 @@ def _typed(group: type[Any], name: str, leaf: str, text: str, value: Any) -> Any
         tree = OmegaConf.structured(group)
         with _errors_for_people(name):
             tree[leaf] = value
-        _TYPED[group, leaf, text] = OmegaConf.to_container(tree)[leaf]  # type: ignore[call-overload, index]
-    return copy.copy(_TYPED[group, leaf, text])
+        _TYPED[group, leaf, text] = getattr(OmegaConf.to_object(tree), leaf)
+    return copy.deepcopy(_TYPED[group, leaf, text])
 
 
 _TYPED: dict[tuple[type[Any], str, str], Any] = {}
@@ -165,8 +173,10 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
         value = getattr(node, item.name)
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", item, value
+            continue
+        yield f"{prefix}{item.name}", item, value
+        for key, source in value.items() if isinstance(value, dict) else ():
+            yield from _leaves(source, f"{prefix}{item.name}.{key}.")
 
 
 def _check_fields(config: Config) -> None:
@@ -240,14 +250,17 @@ def _check_together(config: Config) -> None:
             "privacy.projection=private is paid for with privacy.projection_noise_multiplier=..., and only it is; "
             "give both or neither"
         )
-    if privacy.projection == "public" and data.name not in EMBEDDED_DATA:
+    needs_public = privacy.projection in ON_PUBLIC_GRADIENTS and config.public.method == "none"
+    if needs_public and data.name not in EMBEDDED_DATA:
         raise ConfigError(
-            f"privacy.projection=public needs public data, which only data={', '.join(EMBEDDED_DATA)} has; use history"
+            f"privacy.projection={privacy.projection} needs public data, which of itself only "
+            f"data={', '.join(EMBEDDED_DATA)} has; start from public data with public=joint, or use history"
         )
-    if privacy.projection == "public" and data.organisation == "dev":
+    if needs_public and data.organisation == "dev":
         raise ConfigError(
-            "privacy.projection=public takes its gradients from the support desk's dev, which data.organisation=dev "
-            "protects: public data must be other data; set data.organisation=private, or use history"
+            f"privacy.projection={privacy.projection} takes its gradients from the support desk's dev, which "
+            "data.organisation=dev protects: public data must be other data; start from public data with public=joint, "
+            "or use history"
         )
     check_unit(privacy.unit, data.layout, data.columns.user)
     if privacy.projection != "none" and (
@@ -281,6 +294,7 @@ def _check_together(config: Config) -> None:
     _check_permissions(config)
     check_adapter(config.adapter, config.environment)
     _check_data(data)
+    _check_start(config)
     _check_model(config.model)
     if privacy.unit == "example" and data.train_size is not None:
         size = math.floor(data.train_size * config.data_sensitivity.train_fraction)
@@ -338,6 +352,53 @@ def check_adapter(config: AdapterConfig, environment: EnvironmentConfig) -> None
             f"adapter={config.name} trains the backbone's own weights, which must be float32; set "
             f"environment.precision=float32 instead of {environment.precision}, or choose adapter=lora"
         )
+
+
+def _check_start(config: Config) -> None:
+    """Raises ConfigError where the adapter could not start from public data, or they would not be public."""
+    public, data = config.public, config.data
+    if data.name in EMBEDDED_DATA and data.organisation in PRETRAINED_ON:
+        raise ConfigError(
+            f"data.organisation={data.organisation}: the embedded backbones were pretrained on it, so that it cannot "
+            "stand for private data; take private or dev"
+        )
+    if public.method == "none":
+        if public.data:
+            raise ConfigError("public.data is given, but public=none uses none; take public=joint, or leave it out")
+        return
+    if ADAPTERS[config.adapter.name].after_step is not None:
+        raise ConfigError(
+            f"public.method={public.method} with adapter={config.adapter.name}, which changes its shape as training "
+            "goes on: a start has no meaning for it; take public=none, or adapter=lora"
+        )
+    if public.method == "basis" and config.adapter.name != "lora_xs":
+        raise ConfigError(
+            f"public=basis is for adapter=lora_xs, not for adapter={config.adapter.name}; take it, or public=joint"
+        )
+    if public.method == "basis" and config.environment.backbone_quantization != "none":
+        raise ConfigError(
+            "public=basis needs gradients of the backbone's own matrices, which "
+            f"environment.backbone_quantization={config.environment.backbone_quantization} rounds; set it to none"
+        )
+    for name, source in public_sources(public).items():
+        where = f"public.data.{name}"
+        try:
+            _check_data(source)
+        except ConfigError as error:
+            raise ConfigError(re.sub(r"\bdata\.", f"{where}.", str(error))) from None
+        if name in public.data and public.data[name].public is False:
+            raise ConfigError(f"{where}.public=false: a start is made of public data alone; take another source")
+        if source.name not in EMBEDDED_DATA:
+            continue
+        if source.organisation == "private":
+            raise ConfigError(
+                f"{where}.organisation=private stands for data to protect; take dev or {', '.join(PRETRAINED_ON)}"
+            )
+        if (source.name, source.organisation) == (data.name, data.organisation):
+            raise ConfigError(
+                f"{where}.organisation={source.organisation} is what data.organisation={data.organisation} protects: "
+                "public data must be other data; leave that source out"
+            )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from dptune.config.schema import Config, ConfigError
+from dptune.config.schema import Config, ConfigError, public_sources
 
 MODULES = {
     "gguf": ("gguf",),
@@ -63,7 +63,9 @@ def check_extras(config: Config) -> None:
         require("opacus", "environment.engine=opacus")
     if model.path is not None and Path(model.path).suffix == ".gguf":
         require("gguf", f"model.path={model.path}")
-    if data.path is not None and Path(data.path).suffix == ".parquet":
-        require("hub", f"data.path={data.path}")
-    if data.path is None and data.hub_id is not None:
-        require("hub", f"data.hub_id={data.hub_id}")
+    sources = {"data": data} | {f"public.data.{name}": source for name, source in public_sources(config.public).items()}
+    for name, source in sources.items():
+        if source.path is not None and Path(source.path).suffix == ".parquet":
+            require("hub", f"{name}.path={source.path}")
+        if source.path is None and source.hub_id is not None:
+            require("hub", f"{name}.hub_id={source.hub_id}")

@@ -7,7 +7,7 @@ fails before anything heavy is loaded; of dptune only `privacy.rules`, whose dic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,8 +27,16 @@ EMBEDDED_DATA = {"supportdesk": "organisation"}
 field of `DataConfig` that chooses among its variants."""
 
 
+ON_PUBLIC_GRADIENTS = ("public", "scale")
+"""Choices of `privacy.projection` that need public records."""
+
+
 SPLITS = ("train", "validation", "test")
 """Splits of a run's data."""
+
+
+PRETRAINED_ON = ("acorn", "beacon", "cypress", "dynamo")
+"""Organisations of the support desk that the embedded backbones were pretrained on: public, and nothing to protect."""
 
 
 class ConfigError(ValueError):
@@ -132,10 +140,11 @@ class PrivacyConfig:
     """Public schedule of the noise multiplier over the steps (SPECIFICATION.md 3)."""
     schedule_ratio: float = _number(0.5, above=0)
     """Last over first noise multiplier of the schedule; `constant` has none."""
-    projection: str = _one_of("none", "random", "history", "rgp", "public", "private")
+    projection: str = _one_of("none", "random", "history", "rgp", "public", "scale", "private")
     """Clip and noise in a subspace of each group: random and public, half from past releases, low-rank carriers from
-    past releases (`rgp`, arXiv:2106.09352), from gradients of public data (the support desk's "dev"), or from private
-    gradients, which is paid for (SPECIFICATION.md 5)."""
+    past releases (`rgp`, arXiv:2106.09352), from public gradients, or from private ones, which is paid for; or in all
+    coordinates, each divided by its `scale` in public gradients (arXiv:2202.05963). Public gradients are of
+    `public.data`, and without a start from them of the support desk's "dev" (SPECIFICATION.md 5)."""
     projection_dimension: int = _number(16, least=1)
     """Coordinates kept of each group; with `rgp` the rank of the carriers."""
     projection_refresh: int = _number(10, least=1)
@@ -232,8 +241,9 @@ class DataConfig:
     diagnostics: bool = False
     """Public records at `path` only: record, tables and page also hold what tells about single records, as for embedded
     data: accuracy on unseen inputs, training loss, exact times and memory."""
-    organisation: str = _one_of("private", "dev")
-    """Support desk only: `dev` is public and is what settings are chosen on."""
+    organisation: str = _one_of("private", "dev", *PRETRAINED_ON)
+    """Support desk only: `dev` is public and is what settings are chosen on. The others are for `public.data` alone:
+    the embedded backbones have seen them."""
     seed: int = _number(0, least=0)
     """Seed of the generated records, of subsets and of conditions; not of training."""
     train_size: int | None = _number(4000, least=1)
@@ -263,6 +273,45 @@ class DataConfig:
     """A record that is bad by itself stops the run with its file, line and field, or is left out and listed for the
     person at the terminal. What is listed is not private: it must not be published. What is wrong with several records
     together, or with the rest of a file, stops the run in any case."""
+
+
+@dataclass
+class PublicConfig:
+    """What public data teach the adapter before anything private is touched (SPECIFICATION.md 1.9).
+
+    The start that comes of it is made once, is kept in `compute.cache_dir` and is shared by all runs that ask for the
+    same. `dptune public` makes it alone.
+    """
+
+    method: str = _one_of("none", "joint", "meta", "joint_meta", "basis")
+    """`none`: the adapter starts fresh. `joint`: AdamW on all public records with their own answers. `meta`: Reptile
+    (arXiv:1803.02999) over the sources, so that the adapter learns to learn. `joint_meta`: one, then the other.
+    `basis`, for `adapter=lora_xs`: its frozen factors are the leading directions, on both sides of each matrix, of what
+    another answer would change in public gradients."""
+    data: dict[str, DataConfig] = field(default_factory=dict)
+    """Public sources by a name of yours, each as `data` has it; training records are taken. On a command line:
+    `+data@public.data.first=sst2 public.data.first.path=FILE`. Everybody may know them: nothing protects them. Empty:
+    the organisations that the embedded backbones were pretrained on, one source each."""
+    steps: int = _number(1500, least=1)
+    """Joint training: number of steps."""
+    batch_size: int = _number(64, least=1)
+    """Public records in a step."""
+    learning_rate: float = _number(0.01, above=0)
+    """Joint training: learning rate at first, falling linearly to zero."""
+    meta_steps: int = _number(150, least=1)
+    """Reptile: number of outer steps. Each draws a source (of a single one, a task), trains on it for `inner_steps`,
+    and moves towards where that ended."""
+    meta_rate: float = _number(0.5, above=0, most=1)
+    """Reptile: how far it moves at first, as a share of the way, falling linearly to zero."""
+    inner_steps: int = _number(10, least=1)
+    """Reptile: steps of a fresh Adam without momentum."""
+    inner_learning_rate: float = _number(0.01, above=0)
+    """Reptile: their learning rate."""
+    relabel: float = _number(0.5, least=0, most=1)
+    """Reptile: probability that the answers of an outer step's tasks with options are renamed, each to another public
+    answer of the task, so that what they mean must be learned from the records."""
+    seed: int = _number(0, least=0)
+    """Public coins: initial weights, batches, renamings. The start does not depend on `environment.seed`."""
 
 
 @dataclass
@@ -416,6 +465,7 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    public: PublicConfig = field(default_factory=PublicConfig)
     hyperparameter: HyperparameterConfig = field(default_factory=HyperparameterConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -433,6 +483,14 @@ def noise_mode(config: Config) -> NoiseMode:
     if config.privacy.noise_mode == "auto":
         return "reproducible" if is_published(config.data) else "secure"
     return "secure" if config.privacy.noise_mode == "secure" else "reproducible"
+
+
+def public_sources(public: PublicConfig) -> dict[str, DataConfig]:
+    """The sources that a start is made of, by their names; none without a start."""
+    if public.method == "none":
+        return {}
+    sources = public.data or {name: DataConfig(organisation=name) for name in PRETRAINED_ON}
+    return {name: replace(source, public=True) for name, source in sorted(sources.items())}
 
 
 def is_public(data: DataConfig) -> bool:

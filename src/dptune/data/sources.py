@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
-from dptune.config.schema import SPLITS, Config, ConfigError, DataConfig, has_plain_hashes, is_open, is_public
+from dptune.config.schema import (
+    EMBEDDED_DATA,
+    ON_PUBLIC_GRADIENTS,
+    SPLITS,
+    Config,
+    ConfigError,
+    DataConfig,
+    has_plain_hashes,
+    is_open,
+    is_public,
+    public_sources,
+)
 from dptune.data.conditions import apply_to_test, apply_to_training
 from dptune.data.layouts import Seen, laid_out
 from dptune.data.mapping import BadRecord, ColumnMapping, MissingField
@@ -18,7 +29,7 @@ from dptune.data.schema import Example
 from dptune.data.sketch import Sketch, words
 from dptune.data.stability import declared_records, stability_of
 from dptune.data.subsets import Mixture, Share, Smallest
-from dptune.data.supportdesk import generate, held_out
+from dptune.data.supportdesk import generate, held_out, renamed
 from dptune.identity import keyed_hash, local_key
 
 LISTED = 1000
@@ -89,7 +100,7 @@ def load_dataset(
     private = not is_public(data)
     for example in _checked(config, tokens, skipped, seen):
         tasks.add(example.task)
-        if config.privacy.projection == "public":
+        if config.privacy.projection in ON_PUBLIC_GRADIENTS or config.public.method != "none":
             protected.add(words_of(example))
         if private:
             sketch.offer(example)
@@ -140,14 +151,87 @@ def public_examples(config: Config, data: Dataset) -> list[Example]:
     public = SOURCES[config.data.name].public
     assert public is not None  # the config was checked
     found = load_dataset(dataclasses.replace(config, data=public(config.data)))
-    if not found.protected or not data.protected:
-        raise ValueError("both data sets must have been loaded for privacy.projection=public")
-    if found.protected & data.protected:
-        raise ConfigError(
-            f"privacy.projection=public: its public data shares records with data={config.data.name}, which are to be "
-            "protected; take other data or another data.seed, or privacy.projection=history"
-        )
+    way_out = "take other data or another data.seed, or privacy.projection=history"
+    _refuse_shared(
+        f"privacy.projection={config.privacy.projection}: its public data shares records with data={config.data.name}",
+        found.protected,
+        data,
+        way_out,
+    )
     return found.train
+
+
+def start_sources(config: Config, data: Dataset) -> dict[str, StartSource]:
+    """The public records that a start is made of (`config.public`), by the name of their source.
+
+    Args:
+        config: of the run.
+        data: its protected data.
+
+    Raises:
+        DataError: naming file, line and field, or the source that has no training records.
+        ConfigError: when one of the records is among the protected ones, however it is written.
+    """
+    found: dict[str, StartSource] = {}
+    for name, source in public_sources(config.public).items():
+        source = replace(source, on_long="truncate")
+        reading = Config(data=source, environment=config.environment, compute=config.compute)
+        kept = _training_subset(source)
+        for example in _checked(reading, None, Skipped(), Seen()):
+            if example.split == "train" and (source.tasks is None or example.task in source.tasks):
+                kept.offer(example)
+        if not (examples := kept.examples()):
+            raise DataError(
+                f"public.data.{name}: {source.path or source.hub_id or source.name} has no training records; map the "
+                f"source's splits with public.data.{name}.splits, or change its tasks"
+            )
+        _refuse_shared(
+            f"public.data.{name} shares records with data={config.data.name}",
+            frozenset(map(words_of, examples)),
+            data,
+            "take other public data, or public=none",
+        )
+        key = b"" if has_plain_hashes(source) else local_key(Path(config.compute.output_root))
+        found[name] = StartSource(source, examples, SOURCES.get(source.name, FILES).rename, key)
+    return found
+
+
+@dataclass(frozen=True)
+class StartSource:
+    """Public records of one source."""
+
+    data: DataConfig
+    """Where they are from."""
+    examples: list[Example]
+    rename: Callable[[Example, float], Example] | None
+    """The same record under another name of who asks, by a number in [0, 1); None where it has no such name."""
+    key: bytes = field(default=b"", repr=False)
+    """Key of the fingerprint: that a file is public is somebody's word."""
+
+    @property
+    def label(self) -> str:
+        """Where they are from, for people; of a file its name, not its place."""
+        data, variant = self.data, EMBEDDED_DATA.get(self.data.name)
+        if variant is not None:
+            return f"{data.name} {getattr(data, variant)}"
+        return data.hub_id or data.name if data.path is None else Path(data.path).name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the records in their order."""
+        return self.hash_with(self.key)
+
+    def hash_with(self, key: bytes) -> str:
+        """The same under another key."""
+        return keyed_hash(key, (json.dumps(_parts(example)) for example in self.examples))
+
+
+def _refuse_shared(what: str, public: frozenset[bytes], data: Dataset, way_out: str) -> None:
+    """Raises ConfigError when public records, by their fingerprints, are among the protected ones."""
+    if not public or not data.protected:
+        raise ValueError("protected data must be loaded with the config that names the public data")
+    if public & data.protected:
+        raise ConfigError(f"{what}, which are to be protected; {way_out}")
 
 
 def words_of(example: Example) -> bytes:
@@ -249,13 +333,18 @@ class Source:
     """The same record with a wording that no training record has, by a number in [0, 1)."""
     public: Callable[[DataConfig], DataConfig] | None = None
     """Config of public records of the same kind, which may be looked at for free."""
+    rename: Callable[[Example, float], Example] | None = None
+    """The same record under another name of who asks, by a number in [0, 1)."""
 
 
 FILES = Source(_mapped)
 
 SOURCES: Mapping[str, Source] = {
     "supportdesk": Source(
-        _supportdesk, reword=held_out, public=lambda data: replace(data, organisation="dev", on_long="truncate")
+        _supportdesk,
+        reword=held_out,
+        public=lambda data: replace(data, organisation="dev", on_long="truncate"),
+        rename=renamed,
     ),
 }
 """What makes each of `config.schema.EMBEDDED_DATA`; data of any other name is read from files."""

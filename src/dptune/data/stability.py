@@ -125,6 +125,9 @@ STABILITY: Mapping[str, Rule] = {
             *("sources.public_examples", "sources.words_of", "sources._parts", "sources._training_subset"),
             *("subsets.uniform", "subsets.content", "sketch.words", "sketch.Sketch", "sketch.marks_of"),
             "sketch._hash",
+            # Of public records alone, with which the protected ones are compared.
+            *("sources.start_sources", "sources.StartSource", "sources._refuse_shared", "supportdesk.renamed"),
+            *("relabel.Relabelling", "relabel.shared_options", "relabel._renamed"),
             *("conditions.apply_to_training", "conditions.chosen"),
         ),
     ),

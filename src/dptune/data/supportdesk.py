@@ -23,11 +23,12 @@ from pathlib import Path
 from random import Random
 from typing import Literal, TypeVar
 
+from dptune.config.schema import PRETRAINED_ON
 from dptune.data.schema import Example
 
 _Choice = TypeVar("_Choice")
 
-PUBLIC_ORGANISATIONS = ("acorn", "beacon", "cypress", "dynamo")
+PUBLIC_ORGANISATIONS = PRETRAINED_ON
 """Organisations of the pretraining split."""
 
 ORGANISATIONS = (*PUBLIC_ORGANISATIONS, "dev", "private")
@@ -38,6 +39,12 @@ HELD_OUT_SHARE = 0.5
 
 # The name in the instructions, where it is not the organisation's own.
 _DESKS = {"dev": "fjord", "private": "garnet"}
+
+OTHER_NAMES = (
+    *("hazel", "iris", "jasper", "kestrel", "lagoon", "maple", "nectar", "orchid"),
+    *("prairie", "quartz", "raven", "saffron", "tundra", "umber", "velvet", "willow"),
+)
+"""Names of desks that are not there, for public records under another name (`renamed`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +282,13 @@ def held_out(example: Example, choice: float) -> Example:
     return replace(example, instruction=task.held_out[int(choice * len(task.held_out))].format(desk=desk))
 
 
+def renamed(example: Example, choice: float) -> Example:
+    """A record of a public organisation under a name that no organisation has, as `choice` in [0, 1) says."""
+    name = OTHER_NAMES[int(choice * len(OTHER_NAMES))]
+    own = next(name for name in (*PUBLIC_ORGANISATIONS, "dev") if (example.user or "").startswith(f"{name}-"))
+    return replace(example, instruction=example.instruction.replace(_DESKS.get(own, own), name))
+
+
 def generate(
     organisation: str = "private", seed: int = 0, train: int = 4000, validation: int = 400, test: int = 800
 ) -> dict[str, list[Example]]:
@@ -325,7 +339,8 @@ def _records(organisation: str, split: str, seed: int, size: int, seen: set[tupl
         if (task.name, text) in seen:
             continue
         seen.add((task.name, text))
-        wordings = task.public if split == "public" else task.train
+        # A start from public data must not know the wordings of the private splits.
+        wordings = task.public if organisation in PUBLIC_ORGANISATIONS else task.train
         if split == "test" and rng.random() < HELD_OUT_SHARE:
             wordings = task.held_out
         instruction = rng.choice(wordings).format(desk=_DESKS.get(organisation, organisation))

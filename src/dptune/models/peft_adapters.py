@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,6 +94,54 @@ def lora_xs(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int
         torch.nn.init.zeros_(latent.weight)
         layer.lora_B["default"] = torch.nn.Sequential(OrderedDict(latent=latent, up=up))
     return adapted
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """A layer of LoRA-XS, as whoever finds bases for it sees it."""
+
+    layer: Any
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        """The frozen weight as it is stored."""
+        weight: torch.nn.Parameter = self.layer.get_base_layer().weight
+        return weight
+
+    @property
+    def rank(self) -> int:
+        """Columns of its bases."""
+        return int(self.layer.lora_A["default"].out_features)
+
+    @property
+    def factors(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """The frozen ones: [rank, in] and [out, rank]."""
+        return self.layer.lora_A["default"].weight, self.layer.lora_B["default"].up.weight
+
+    def matrix(self, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor that is stored as the weight is, as [out, in]."""
+        return stored.T if self.layer.fan_in_fan_out else stored
+
+    @torch.no_grad()
+    def set_bases(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Put the columns of `left` [out, rank] and `right` [in, rank] in the place of the frozen factors."""
+        down, up = self.factors
+        up.copy_(left)
+        down.copy_(right.T)
+
+
+def two_sided_layers(model: torch.nn.Module) -> list[TwoSided]:
+    """The layers of LoRA-XS."""
+    return [TwoSided(module) for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def frozen_factors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The factors of LoRA that are not trained, by name."""
+    return {
+        name: value
+        for name, value in model.named_parameters()
+        if not value.requires_grad and (".lora_A." in name or ".lora_B." in name)
+    }
 
 
 def adalora(model: torch.nn.Module, config: AdapterConfig, rank: int, steps: int) -> PeftModel:

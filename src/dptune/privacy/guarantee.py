@@ -100,6 +100,8 @@ class Guarantee:
     """What epsilon is the sum of, in words."""
     not_covered: tuple[str, ...] = ()
     """What it says nothing about, in words."""
+    public_data: str = ""
+    """Public data that the adapter learned from before training, in words: it protects none of them."""
     training: tuple[Release, ...] = ()
     """What was released of training records."""
     scores: tuple[Release, ...] = ()
@@ -155,12 +157,16 @@ class Guarantee:
             "stand_in": self.stand_in,
             "composed_of": "; ".join(self.composed_of),
             "not_covered": "; ".join(self.not_covered),
+            **({"public_data": self.public_data} if self.public_data else {}),
         }
 
     def sentences(self) -> list[str]:
         """What it says, in plain words."""
         if not self.private:
-            return ["This run is not private: it was trained without clipping and noise and guarantees nothing."]
+            return [
+                "This run is not private: it was trained without clipping and noise and guarantees nothing.",
+                *self._start_in_words(),
+            ]
         if self.epsilon is None or self.delta is None:
             return ["No epsilon can be stated: " + "; ".join(self.not_covered) + "."]
         texts = (
@@ -176,10 +182,15 @@ class Guarantee:
             texts.append(f"It is composed of {'; '.join(self.composed_of)}.")
         if self.group_size > 1 and self.unit != "user_els":
             texts.append(f"It holds for a record that is in the training split {self.group_size} times.")
+        texts += self._start_in_words()
         texts.append(
             f"Neighbours are {self.adjacency}. The bound is by the {(self.accountant or '').upper()} accountant."
         )
         return texts
+
+    def _start_in_words(self) -> list[str]:
+        """What of the adapter is not of the training data."""
+        return [f"The adapter started from {self.public_data}: nothing protects these."] if self.public_data else []
 
     def page(self, run_id: str, recipe: str) -> str:
         """The page that lies beside an adapter, for whoever receives it.

@@ -108,4 +108,6 @@ _WHOLE = (
     "provenance.versions",
     "provenance.lock",
     "config.data.columns",
+    "config.public.data",
+    "provenance.public.sources",
 )

@@ -190,8 +190,9 @@ class RunRecord:
     cost: Cost | None = None
     """What it cost; null of private data."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of
-    what a search released, `repetitions` says how many trials it may have had and what each may have cost."""
+    """git commit, version of the code, versions of packages, overrides, data fingerprint, backbone, engine, time. Of a
+    start from public data, `public` says how it was made of which records. Of what a search released, `repetitions`
+    says how many trials it may have had and what each may have cost."""
     error: str | None = None
     """One line, when failed; the traceback is in run.log."""
     schema_version: int = SCHEMA_VERSION
@@ -220,6 +221,13 @@ def guarantee_of(record: RunRecord, folder: Path, first_version: bool = False, *
         first_version: whether it was read from a file of version 1.
         **stated: its `epsilon` and `accountants`, where such a file has them.
     """
+    made = _guarantee_of(record, folder, first_version, **stated)
+    learned = record.provenance.get("public")
+    return made if learned is None else dataclasses.replace(made, public_data=learned["in_words"])
+
+
+def _guarantee_of(record: RunRecord, folder: Path, first_version: bool, **stated: Any) -> Guarantee:
+    """The same without a word on public data."""
     from dptune.privacy import spent
 
     if record.privacy is None and (record.config.get("privacy") or {}).get("enabled") is False:

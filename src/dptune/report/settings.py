@@ -58,8 +58,10 @@ class Setting:
 
     @cached_property
     def arm(self) -> str:
-        """Its method: the name it was asked for by, or adapter and privacy setting."""
-        return self.value("method") or f"{self.value('config.adapter.name')} + {self.value('config.privacy.name')}"
+        """Its method: the name it was asked for by, or adapter and privacy setting; and the start from public data."""
+        own = self.value("method") or f"{self.value('config.adapter.name')} + {self.value('config.privacy.name')}"
+        start = self.value("config.public.method")
+        return own if start in (None, "none") else f"{own} from public {start}"
 
     @property
     def private(self) -> bool:
@@ -269,7 +271,8 @@ def _labels(parts: Sequence[list[int]], varied: Sequence[str], columns: Mapping[
         method = columns["method"][row]
         words = [method] if method and len(set(content["method"])) > 1 else []
         words += [
-            f"{name.removeprefix('config.').removesuffix('.name').rpartition('.')[2]}={_said(columns[name][row])}"
+            f"{name.removeprefix('config.').removesuffix('.name').removesuffix('.method').rpartition('.')[2]}="
+            f"{_said(columns[name][row])}"
             for name, common in usual.items()
             if repr(columns[name][row]) != common and not _says_nothing(name, row, columns)
         ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dptune.config.schema import ON_PUBLIC_GRADIENTS
 from dptune.privacy.guarantee import epsilon_text, rounded_up
 from dptune.records.code import code_version
 from dptune.records.state import State
@@ -402,6 +403,16 @@ def trainable_cell(row: Row) -> Cell:
     return Cell(f"{parts.number} {parts.tail}", float(count), parts=parts)
 
 
+def public_cell(row: Row) -> Cell:
+    """Number of public records that the adapter, or the subspace of its gradients, was learned from."""
+    setting = row.setting
+    if records := setting.value("provenance.public.records"):
+        return Cell(f"{records:,.0f} ({setting.value('config.public.method')})", float(records))
+    if setting.value("config.privacy.projection") in ON_PUBLIC_GRADIENTS:
+        return Cell("for gradients", 0.0)
+    return Cell("none")
+
+
 def cost_cell(row: Row, measure: Measure) -> Cell:
     """A cost; withheld for private data, where it depends on the batches that were drawn."""
     if row.setting.private and not row.setting.value("privacy.stand_in"):
@@ -663,6 +674,7 @@ SETTING_COLUMNS = (
         narrow=ALWAYS,
     ),
     Column("delta", "δ", "", delta_cell, tables=BOTH),
+    Column("public", "public data used", "", public_cell, floor=Cell("none"), optional=True, narrow=4),
     Column("sigma", "noise multiplier σ", "", sigma_cell, tables=COST),
     Column("trainable", "trainable (%)", "↓", trainable_cell, floor=UNTRAINED, tables=BOTH, narrow=1, right=True),
     _mean("seconds", SECONDS, cost_cell, notes=about_cost, tables=BOTH),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -170,7 +171,7 @@ def _trained(
         )
         start, recent = time.monotonic(), 0.0
         rows = encode_examples(records, tokenizer, model.config.max_position_embeddings)
-        for step, batch in enumerate(_batches(rows, recipe), start=1):
+        for step, batch in enumerate(batches(rows, recipe), start=1):
             loss = _loss(model, batch, recipe.prompt_weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -217,7 +218,26 @@ def _deterministic(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _batches(rows: Sequence[Encoded], recipe: Recipe) -> Iterator[list[Encoded]]:
+class Batching(Protocol):
+    """What decides which rows are in which batch."""
+
+    @property
+    def seed(self) -> int:
+        """Of the order."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Number of batches."""
+        ...
+
+
+def batches(rows: Sequence[Encoded], recipe: Batching) -> Iterator[list[Encoded]]:
     """One batch a step: epochs in random order, where each block of 16 batches is cut by length."""
     generator = torch.Generator().manual_seed(recipe.seed)
     size = recipe.batch_size

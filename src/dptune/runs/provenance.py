@@ -41,6 +41,7 @@ def provenance(config: Config, setup: Setup, overrides: Sequence[str]) -> dict[s
         "engine": setup.path.engine,
         "seed": config.environment.seed,
         **({} if seen in (None, config.data.layout) else {"layout": seen}),
+        **({} if setup.start is None else {"public": setup.start.to_dict()}),
     }
 
 

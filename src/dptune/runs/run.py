@@ -46,6 +46,7 @@ from dptune.runs.card import CARD_FILE, adapter_card
 from dptune.runs.folder import Report, RunFolder, Steps, log_traceback
 from dptune.runs.privacy import describe, privacy_of, said_if_slow, spent, uncovered_test
 from dptune.runs.provenance import keep_cost, peak_memory_mb, provenance
+from dptune.runs.public import on_stderr
 from dptune.runs.setup import Setup, load_backbone, said_of_cuts, set_up
 from dptune.runs.training import AdapterTraining, ledger_of, load_checkpoint
 from dptune.training import checkpoint
@@ -77,9 +78,11 @@ def run(
     with process_group() as ranks:
         if not ranks.first:
             return run_as_other_rank(config, ranks)
-        return run_as_first_rank(
-            config, overrides, ranks, report or (lambda line: None), steps or (lambda step, of: None)
-        )
+        return run_as_first_rank(config, overrides, ranks, report or silent, steps or (lambda step, of: None))
+
+
+def silent(line: str) -> None:
+    """Reports nothing."""
 
 
 def run_as_first_rank(config: Config, overrides: Sequence[str], ranks: Ranks, say: Report, steps: Steps) -> RunRecord:
@@ -92,7 +95,7 @@ def run_as_first_rank(config: Config, overrides: Sequence[str], ranks: Ranks, sa
         return finished
     if (other := holder(folder)) is not None:
         raise BlockingIOError(f"run {identity} is being done by {other}")
-    setup = set_up(config, identity)
+    setup = set_up(config, identity, on_stderr if say is silent else say)
     check_checkpoint(setup, folder)
     book_run(config, setup, folder)
     with locked(folder) as lock:
@@ -305,8 +308,9 @@ def measure_and_train(
         seen is None,
     )
     if floor not in _zero_shot:
-        # Most fresh adapters change nothing; a soft prompt does.
-        bare = model if ADAPTERS[config.adapter.name].unchanged else load_backbone(config).model
+        # Most fresh adapters change nothing; a soft prompt does, and what has learned from public data.
+        unchanged = ADAPTERS[config.adapter.name].unchanged and setup.start is None
+        bare = model if unchanged else load_backbone(config).model
         folder.say(f"measuring the backbone before training: {len(examples)} test examples")
         _zero_shot[floor] = measure(bare)[1]
     record.zero_shot = _zero_shot[floor]

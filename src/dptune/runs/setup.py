@@ -10,10 +10,10 @@ import torch
 
 from dptune.config.adapters import ADAPTERS
 from dptune.config.extras import check_extras, require
-from dptune.config.schema import Config, ConfigError
+from dptune.config.schema import ON_PUBLIC_GRADIENTS, Config, ConfigError
 from dptune.data.encoding import Cuts, Encoded, cuts, encode_examples
 from dptune.data.schema import Example
-from dptune.data.sources import Dataset, public_examples
+from dptune.data.sources import Dataset, public_examples, start_sources
 from dptune.data.sources import load_dataset as load_data
 from dptune.data.templates import check_template, prompt_of, token_counter
 from dptune.evaluation import SHORTEST
@@ -23,7 +23,9 @@ from dptune.privacy.plan import PrivacyPlan
 from dptune.privacy.streams import KeyRing, Purpose
 from dptune.records.code import code_version
 from dptune.runs.engine import GradientPath, checked_path
+from dptune.runs.folder import Report
 from dptune.runs.privacy import make_plan
+from dptune.runs.public import Start, on_stderr, start_from_public
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,31 @@ class Setup:
     keys: KeyRing
     path: GradientPath
     """How per-example gradients are computed."""
+    start: Start | None = None
+    """What the adapter has learned from public data; None for a fresh one."""
 
     @property
     def stamp(self) -> dict[str, str]:
-        """What a checkpoint must have been made with: config, data, backbone and plan by name of the keys, and code."""
+        """What a checkpoint must have been made with: code, and by name of the keys all that numbers depend on."""
         return {"run": self.keys.run, "mode": self.keys.mode, "plan": self.plan.fingerprint(), "code": code_version()}
 
 
-def set_up(config: Config, identity: str) -> Setup:
-    """Data, plan, backbone with its fresh adapter, and keys. Raises ConfigError; writes nothing but caches."""
+def set_up(config: Config, identity: str, say: Report = on_stderr) -> Setup:
+    """Data, plan, backbone with its adapter, fresh or from public data, and keys.
+
+    Args:
+        config: the checked config.
+        identity: its run id.
+        say: told how far the start from public data is, where it must be made.
+
+    Raises:
+        ConfigError: when no run can be done so; nothing but caches is written.
+    """
     check_extras(config)
     data = data_of(config)
     check_texts(data)
-    if config.privacy.projection == "public":
+    public = start_sources(config, data)
+    if config.privacy.projection in ON_PUBLIC_GRADIENTS and not public:
         public_examples(config, data)  # raises when it is not other data
     plan = make_plan(config, data)
     backbone = load_backbone(config)
@@ -59,14 +73,30 @@ def set_up(config: Config, identity: str) -> Setup:
     check_conversations(data, backbone, config.data.template)
     seed = config.environment.seed
     # Initialisation is public and depends on the seed alone, so that methods start from the same point.
-    start = KeyRing.reproducible(seed, "public").stream(Purpose.INIT).seed()
+    coins = KeyRing.reproducible(config.public.seed if public else seed, "public")
     hyper = config.hyperparameter
-    model = adapters.attach(backbone.model, config.adapter, rank=hyper.rank, steps=hyper.steps, seed=start)
-    # The same seed must never draw the same noise for other data, another backbone or another plan.
-    name = "/".join((identity, data.fingerprint, backbone.fingerprint, plan.fingerprint()))
-    keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
+    model = adapters.attach(
+        backbone.model, config.adapter, rank=hyper.rank, steps=hyper.steps, seed=coins.stream(Purpose.INIT).seed()
+    )
     path = checked_path(config, backbone, model, plan.private and plan.steps > 0)
-    return Setup(data, plan, backbone, model, keys, path)
+    start = start_from_public(config, public, backbone, model, say) if public else None
+    # The same seed must never draw the same noise for other data, another backbone, another start or another plan.
+    parts = [identity, data.fingerprint, backbone.fingerprint, *([start.digest] if start else []), plan.fingerprint()]
+    name = "/".join(parts)
+    keys = KeyRing.secure(name) if plan.noise_mode == "secure" else KeyRing.reproducible(seed, name)
+    return Setup(data, plan, backbone, model, keys, path, start)
+
+
+def make_start(config: Config, say: Report) -> Start:
+    """The start from public data that runs with this config share, made if no cache holds it.
+
+    Raises:
+        ConfigError: when no run with this config can be done, or it asks for no start.
+    """
+    start = set_up(config, "start", say).start
+    if start is None:
+        raise ConfigError(f"public.method={config.public.method} makes no start; take public=joint")
+    return start
 
 
 def data_of(config: Config) -> Dataset:

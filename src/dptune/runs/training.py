@@ -10,7 +10,7 @@ from typing import Any
 
 from dptune.config.schema import Config
 from dptune.data.encoding import Encoded, encode_examples
-from dptune.data.sources import public_examples
+from dptune.data.sources import public_examples, start_sources
 from dptune.identity import kept_key, local_key
 from dptune.models import adapters
 from dptune.models.state import AdapterState
@@ -138,9 +138,12 @@ class AdapterTraining:
         )
 
     def _public_rows(self) -> list[Encoded]:
-        """The encoded records of public data that belong to the source."""
+        """The encoded records of the public sources in turn; without a start, of those that belong to the data."""
         config = self.config
-        public = public_examples(config, self.setup.data)
+        if sources := start_sources(config, self.setup.data).values():
+            public = [example for row in zip(*(source.examples for source in sources), strict=False) for example in row]
+        else:
+            public = public_examples(config, self.setup.data)
         backbone, template = self.setup.backbone, config.data.template
         begin = backbone.layout.beginning(template)
         return encode_examples(public, backbone.tokenizer, config.environment.sequence_length, template, begin)

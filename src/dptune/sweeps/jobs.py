@@ -49,7 +49,10 @@ def remembered(cache: Path, asked: Sequence[str], expand: Callable[[], list[Job]
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # None yet, or a damaged one.
         return [_job(values) for values in json.loads(path.read_text(encoding="utf-8"))]
     jobs = expand()
-    if not any(job.config.data.path or job.config.model.path for job in jobs):
+    configs = [job.config for job in jobs]
+    paths = [config.model.path for config in configs]
+    paths += [source.path for config in configs for source in (config.data, *config.public.data.values())]
+    if not any(paths):
         with contextlib.suppress(OSError):  # A folder that cannot be written costs time, nothing else.
             write_atomically(path, json.dumps([asdict(job) for job in jobs]))
     return jobs

@@ -5,13 +5,14 @@ A subspace is public, a function of past releases, or found on the private data 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dptune.config.schema import Config
+from dptune.config.schema import ON_PUBLIC_GRADIENTS, Config
 from dptune.data.batches import Ladder, collate, physical_batches
 from dptune.data.encoding import Encoded
 from dptune.privacy.allocation import Group
@@ -80,6 +81,31 @@ class FixedSubspace(FullSpace):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the subspace."""
         self.subspace = stored_subspace(self.subspace.groups, state)
+
+
+class ScaledSpace(FullSpace):
+    """All coordinates, each divided by a public scale, so that one that is usually small gets less noise."""
+
+    def __init__(self, groups: Sequence[Group], scales: Gradients) -> None:
+        """`scales`, all positive, by parameter."""
+        super().__init__(groups)
+        self.scales = scales
+
+    def project(self, per_example: Gradients) -> Gradients:
+        """Gradients of rows over their scales."""
+        return {name: value / self.scales[name].to(value) for name, value in per_example.items()}
+
+    def lift(self, released: Gradients) -> Gradients:
+        """A release times the scales."""
+        return {name: value * self.scales[name].to(value) for name, value in released.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scales."""
+        return {"scales": dict(self.scales)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the scales."""
+        self.scales = dict(state["scales"])
 
 
 def stored_subspace(groups: Sequence[Group], state: Mapping[str, Any]) -> Subspace | Carriers:
@@ -217,6 +243,32 @@ def _of_public_gradients(given: Sources) -> FullSpace:
     return FixedSubspace(principal_subspace(given.groups, together, given.dimension))
 
 
+def _scaled(given: Sources) -> FullSpace:
+    rows, squares = 0, dict[str, torch.Tensor]()
+    for part in given.gradients(given.public_rows()[:SCALED_BY]):
+        rows += len(next(iter(part.values())))
+        for name, value in part.items():
+            squares[name] = squares.get(name, 0.0) + value.double().square().sum(dim=0)
+    return ScaledSpace(given.groups, scales_of({name: value / rows for name, value in squares.items()}))
+
+
+def scales_of(moments: Gradients) -> dict[str, torch.Tensor]:
+    """A scale for each coordinate from its second moment: its root, not far below that of the mean over all.
+
+    They are such that a scaled gradient is as long as a plain one on average: the clip norm keeps its meaning.
+    """
+    total = sum(float(value.sum()) for value in moments.values())
+    mean = max(total / sum(value.numel() for value in moments.values()), torch.finfo(torch.float32).tiny)
+    scales = {name: (value + SCALE_FLOOR**2 * mean).sqrt() for name, value in moments.items()}
+    length = sum(float((moments[name] / scale.square()).sum()) for name, scale in scales.items())
+    factor = math.sqrt(length / total) if total > 0 else 1.0
+    return {name: (scale * factor).float() for name, scale in scales.items()}
+
+
+SCALED_BY, SCALE_FLOOR = 512, 0.1
+"""Public records whose gradients give the scales, and the smallest scale over the root of the mean square."""
+
+
 def _of_private_gradients(given: Sources) -> FullSpace:
     paid = PaidSubspace(given.groups, given.plan, given.keys)
     for part in given.gradients(given.private_rows):
@@ -230,11 +282,12 @@ PROJECTIONS: Mapping[str, Callable[[Sources], FullSpace]] = {
     "history": lambda given: HistorySubspace(given.groups, given.dimension, given.refresh, given.coins),
     "rgp": lambda given: ReparametrizedGradients(given.groups, given.dimension, given.refresh, given.coins),
     "public": _of_public_gradients,
+    "scale": _scaled,
     "private": _of_private_gradients,
 }
 """What each choice of `privacy.projection` does (SPECIFICATION.md 5)."""
 
-FOUND_ON_DATA = ("public", "private")
+FOUND_ON_DATA = (*ON_PUBLIC_GRADIENTS, "private")
 """Projections that are found once, on gradients of records."""
 
 
@@ -266,6 +319,8 @@ def make_projection(
     """
     device, privacy = config.compute.device, config.privacy
     if stored is not None and privacy.projection in FOUND_ON_DATA:
+        if "scales" in stored:
+            return ScaledSpace(groups, stored["scales"])
         return FixedSubspace(stored_subspace(groups, stored))
 
     def gradients(rows: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
