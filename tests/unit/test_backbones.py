@@ -8,11 +8,13 @@ from backbones_for_tests import BACKBONES, BERT, COMMON, seeded
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from dptune.config.checks import with_values
 from dptune.config.schema import SHIPPED, Config, ConfigError, ModelConfig
 from dptune.data.batches import Ladder, collate, example_losses
 from dptune.data.encoding import Encoded, encode_examples
 from dptune.data.schema import Example
 from dptune.models.backbones import Backbone, beginning_of, input_format_of, load_backbone, positions_of
+from dptune.runs import setup
 from dptune.runs.setup import check_length
 
 EXAMPLE = Example("team", "which team ?", "reset my code", None, "billing", None, "train")
@@ -121,3 +123,16 @@ def tiny_bart() -> Any:
     heads = {f"{stack}_attention_heads": 2 for stack in ("encoder", "decoder")}
     wide = {f"{stack}_ffn_dim": 24 for stack in ("encoder", "decoder")}
     return seeded("BartForConditionalGeneration", 0, **COMMON, **width, **heads, **wide, decoder_start_token_id=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "kernel"),
+    [
+        ({}, "sdpa"),
+        ({"environment.precision": "bfloat16"}, "eager"),
+        ({"environment.precision": "bfloat16", "environment.sequence_length": 512}, "sdpa"),
+    ],
+)
+def test_attention_on_a_cpu_in_16_bits_takes_no_fused_kernel(values: dict[str, object], kernel: str) -> None:
+    config = with_values(Config(), [("model.name", "nano"), *values.items()])
+    assert setup.load_backbone(config).model.config._attn_implementation == kernel  # type: ignore[union-attr]

@@ -110,13 +110,21 @@ def data_of(config: Config) -> Dataset:
 
 def load_backbone(config: Config) -> Backbone:
     """A fresh copy of the frozen backbone of a run."""
-    return backbones.load_backbone(
+    environment, device = config.environment, config.compute.device
+    loaded = backbones.load_backbone(
         config.model,
-        precision=config.environment.precision,
-        device=config.compute.device,
+        precision=environment.precision,
+        device=device,
         cache_dir=Path(config.compute.cache_dir),
-        quantization=config.environment.backbone_quantization,
+        quantization=environment.backbone_quantization,
     )
+    if device == "cpu" and environment.precision != "float32" and environment.sequence_length <= SHORT:
+        backbones.attend_by_products(loaded.model)
+    return loaded
+
+
+SHORT = 256
+"""Tokens up to which all weights of attention are small beside the rest of what a step keeps."""
 
 
 def check_texts(data: Dataset) -> None:
