@@ -16,7 +16,10 @@ from dptune.sweeps import jobs, readme
 from dptune.sweeps.expand import expand, grid, included, jobs_of_sweep, names, parts, without_hydra
 from dptune.sweeps.jobs import ROOT
 
-FILES = ("files", "sst2", "intent", "sgd_domain", "e2e", "irc")
+FILES = (
+    *("files", "sst2", "intent", "sgd_domain", "e2e", "irc"),
+    *("chat", "sharegpt", "task_json", "oasst_trees", "squad_json"),
+)
 HUB_MODELS = sorted(
     path.stem for path in (ROOT / "conf" / "model").glob("*.yaml") if path.stem not in (*EMBEDDED, "local")
 )
