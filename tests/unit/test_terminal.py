@@ -245,7 +245,7 @@ def test_wide_prints_the_whole_table_as_markdown(sample: Table, capsys: pytest.C
     said = capsys.readouterr().out
     assert said == markdown(sample) + "\n"
     assert "| unseen inputs ↑ | worst task ↑ | spread over tasks ↓ | ε spent/target ↓ | δ | trainable (%) ↓ |" in said
-    assert "| 0.210 [0.148, 0.272] (3) | -0.017 [-0.044, +0.011] (3) to 9 |" in said
+    assert "| 0.282 [0.210, 0.353] (3) | +0.007 [-0.224, +0.237] (3) to 9 |" in said
     assert "| 1.000/1 (r,p) | 1e-05 | 3,072 (1.33) |" in said
 
 
